@@ -1,0 +1,279 @@
+"""Every check of this repository. `python -m nox -l` lists the sessions.
+
+Projects are the folders under `packages/` that hold a `pyproject.toml`; nothing about them is
+written here a second time. After `--`, the first words may name packages (import names); the rest
+goes to the tool of the session: `python -m nox -s tests -- hpreliability -k ranks`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import nox
+from packaging.requirements import Requirement
+
+nox.needs_version = ">=2025.5.1"
+nox.options.default_venv_backend = "uv|virtualenv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "typing", "tests"]
+
+ROOT = Path(__file__).parent
+DIST = ROOT / "dist"
+PROJECTS = {
+    path.parent.name.replace("-", "_"): path.parent
+    for path in sorted(ROOT.glob("packages/*/pyproject.toml"))
+}
+METADATA = {
+    name: tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
+    for name, folder in PROJECTS.items()
+}
+# The Python that runs nox, unless DECAPOD_PYTHONS names others: "3.11,3.12,3.13".
+PYTHONS = os.environ.get("DECAPOD_PYTHONS", "{}.{}".format(*sys.version_info)).split(",")
+# The release whose CPU build the checks were seen with; never part of a package's metadata.
+TORCH = "torch==2.13.0"
+# Two processes with several numeric threads each slow one another down by far more than two.
+QUIET = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "offline",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+every_package = nox.parametrize("package", list(PROJECTS), ids=list(PROJECTS))
+
+
+# --- environments ---------------------------------------------------------------------------------
+
+
+def indexes() -> dict[str, str]:
+    """Variables that let uv find what pip is set up to find, and a CPU torch on a CPU machine."""
+    links = os.environ.get("UV_FIND_LINKS")
+    if links is None:
+        pip = [sys.executable, "-m", "pip", "config", "get"]
+        for key in (":env:.find-links", "global.find-links", "user.find-links"):
+            found = subprocess.run([*pip, key], capture_output=True, text=True, check=False)
+            if found.returncode == 0:
+                links = found.stdout.strip()
+                break
+    if links:
+        return {"UV_FIND_LINKS": ",".join(links.split())}
+    return {"UV_TORCH_BACKEND": os.environ.get("UV_TORCH_BACKEND", "auto")}
+
+
+def install(session: nox.Session, *args: str) -> None:
+    """Install with uv, which alone can be told to prefer the CPU build of torch."""
+    constraints = Path(session.create_tmp()) / "constraints.txt"
+    constraints.write_text(f"{TORCH}\n", encoding="utf-8")
+    arguments = ["--constraint", str(constraints), *args]
+    if session.venv_backend == "uv":
+        session.install(*arguments, env=indexes())
+    else:
+        session.install("uv")
+        python = str(Path(session.bin) / "python")
+        session.run("uv", "pip", "install", "--python", python, *arguments, env=indexes())
+    refuse_cuda_without_gpu(session)
+
+
+def refuse_cuda_without_gpu(session: nox.Session) -> None:
+    """Stop in CI, warn elsewhere, when a CUDA build of torch came onto a machine without a GPU."""
+    if shutil.which("nvidia-smi"):
+        return
+    found = session.run(
+        "python",
+        "-c",
+        "import importlib.util as u\n"
+        "if u.find_spec('torch'):\n    import torch; print('cuda', torch.version.cuda)",
+        silent=True,
+    )
+    if found and "cuda" in found and "None" not in found:
+        message = f"a CUDA build of torch was installed on a machine without a GPU: {found.strip()}"
+        if os.environ.get("CI"):
+            session.error(message)
+        session.warn(message)
+
+
+def extras(package: str) -> list[str]:
+    """Names of all extras of a package."""
+    return sorted(METADATA[package]["project"].get("optional-dependencies", {}))
+
+
+def siblings(package: str) -> list[str]:
+    """Packages of this repository that the extras of `package` name, by import name."""
+    listed = METADATA[package]["project"].get("optional-dependencies", {}).values()
+    heads = {Requirement(text).name for requirements in listed for text in requirements}
+    distributions = {METADATA[name]["project"]["name"]: name for name in PROJECTS}
+    return sorted({distributions[h] for h in heads if h in distributions} - {package})
+
+
+def editable(package: str, with_extras: list[str]) -> list[str]:
+    """Arguments that install a package from its folder."""
+    suffix = f"[{','.join(with_extras)}]" if with_extras else ""
+    return ["--editable", f"{PROJECTS[package]}{suffix}"]
+
+
+def checkout(session: nox.Session, package: str, *flags: str) -> None:
+    """Install a package with all its extras and its test tools, siblings from the checkout."""
+    arguments = editable(package, extras(package))
+    for sibling in siblings(package):
+        arguments += editable(sibling, extras(sibling))
+    install(session, *flags, *arguments, *METADATA[package]["dependency-groups"]["test"])
+
+
+def chosen(session: nox.Session) -> tuple[list[str], list[str]]:
+    """Packages named first after `--` (all when none is), and the words after them."""
+    words = list(session.posargs)
+    names = []
+    while words and words[0].replace("-", "_") in PROJECTS:
+        names.append(words.pop(0).replace("-", "_"))
+    return names or list(PROJECTS), words
+
+
+def only_if_chosen(session: nox.Session, package: str) -> list[str]:
+    names, words = chosen(session)
+    if package not in names:
+        session.skip(f"{package} was not named")
+    return words
+
+
+def wheels(session: nox.Session) -> dict[str, Path]:
+    """Build every package and return its wheel by import name."""
+    if DIST.exists():
+        shutil.rmtree(DIST)
+    install(session, "build[uv]")
+    for folder in PROJECTS.values():
+        session.run(
+            "python", "-m", "build", "--installer", "uv", "--outdir", str(DIST), str(folder),
+            silent=True, env=indexes(),
+        )  # fmt: skip
+    return {name: next(DIST.glob(f"{name}-*.whl")) for name in PROJECTS}
+
+
+# --- tests ----------------------------------------------------------------------------------------
+
+
+@nox.session(python=PYTHONS)
+@every_package
+def tests(session: nox.Session, package: str) -> None:
+    """Unit tests of each package with all its extras."""
+    words = only_if_chosen(session, package)
+    checkout(session, package)
+    session.run("pytest", str(PROJECTS[package] / "tests"), *words, env=QUIET)
+
+
+@nox.session(python=PYTHONS[0])
+@every_package
+def lowest(session: nox.Session, package: str) -> None:
+    """The same tests on the lowest versions that the package declares."""
+    words = only_if_chosen(session, package)
+    checkout(session, package, "--resolution", "lowest-direct")
+    session.run("pytest", str(PROJECTS[package] / "tests"), *words, env=QUIET)
+
+
+@nox.session(python=PYTHONS[0], reuse_venv=False)
+@every_package
+def isolated(session: nox.Session, package: str) -> None:
+    """One package with nothing but its declared dependencies, run away from the checkout."""
+    only_if_chosen(session, package)
+    install(session, str(PROJECTS[package]))
+    others = [name for name in PROJECTS if name != package]
+    session.chdir(session.create_tmp())
+    session.run(
+        "python",
+        "-c",
+        "import importlib.util, sys\n"
+        f"found = [n for n in {others!r} if importlib.util.find_spec(n)]\n"
+        "sys.exit(f'siblings were installed too: {found}' if found else 0)",
+    )
+    session.run("python", str(PROJECTS[package] / "tests" / "smoke.py"), env=QUIET)
+
+
+@nox.session(python=PYTHONS[0], reuse_venv=False)
+def integration(session: nox.Session) -> None:
+    """All wheels together in a clean environment, outside the source tree."""
+    built = wheels(session)
+    with_extras = [f"{built[name]}[{','.join(extras(name))}]" for name in PROJECTS]
+    install(session, "--reinstall", *with_extras, "pytest>=8")
+    outside = Path(session.create_tmp()) / "outside"
+    if outside.exists():
+        shutil.rmtree(outside)
+    shutil.copytree(ROOT / "integration", outside)
+    shutil.copy(ROOT / "pyproject.toml", outside)
+    session.chdir(outside)
+    session.run("pytest", ".", *session.posargs, env=QUIET)
+
+
+# --- source ---------------------------------------------------------------------------------------
+
+
+@nox.session(python=PYTHONS[0])
+def lint(session: nox.Session) -> None:
+    """Format, lint and spelling."""
+    install(session, "ruff==0.17.6", "codespell>=2.4")
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+    session.run("codespell", "--toml", "pyproject.toml")
+
+
+@nox.session(python=PYTHONS[0])
+def typing(session: nox.Session) -> None:
+    """Strict type check of each package, against its own dependencies and stubs."""
+    names, words = chosen(session)
+    arguments = [part for name in names for part in editable(name, [])]
+    stubs = ["pandas-stubs", "scipy-stubs", "types-PyYAML"]
+    install(session, "mypy>=2.4", *stubs, *arguments, *editable("decapod", []))
+    for name in names:
+        session.run("mypy", str(PROJECTS[name] / "src"), *words)
+
+
+@nox.session(python=PYTHONS[0])
+def docs(session: nox.Session) -> None:
+    """The documentation site, where any warning is an error."""
+    arguments = [part for name in PROJECTS for part in editable(name, [])]
+    install(session, "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30", *arguments)
+    command = session.posargs or ["build", "--strict"]
+    session.run("mkdocs", *command, "--config-file", str(ROOT / "docs" / "mkdocs.yml"))
+
+
+@nox.session(python=PYTHONS[0])
+def build(session: nox.Session) -> None:
+    """Source and wheel distributions of everything in `dist/`, checked."""
+    install(session, "hatch>=1.14", "twine>=6.1", "check-wheel-contents>=0.6")
+    for folder in PROJECTS.values():
+        with session.chdir(folder):
+            session.run("hatch", "version")
+    built = wheels(session)
+    session.run("twine", "check", "--strict", *map(str, sorted(DIST.iterdir())))
+    session.run("check-wheel-contents", *map(str, built.values()))
+
+
+# --- results --------------------------------------------------------------------------------------
+
+
+@nox.session(python=PYTHONS[0])
+def bench(session: nox.Session) -> None:
+    """Benchmarks: each script writes JSON with machine, versions and commit beside itself."""
+    names, words = chosen(session)
+    for name in names:
+        scripts = sorted((PROJECTS[name] / "bench").glob("*.py"))
+        if scripts:
+            checkout(session, name)
+        for script in scripts:
+            session.run("python", str(script), *words, env=QUIET)
+
+
+@nox.session(python=PYTHONS[0])
+def reproduce(session: nox.Session) -> None:
+    """Every package's claims at the quick profile, and the report."""
+    arguments = [part for name in PROJECTS for part in editable(name, extras(name))]
+    install(session, *arguments)
+    out = ROOT / "decapod-report"
+    words = session.posargs or ["--profile", "quick", "--jobs", str(os.cpu_count() or 1)]
+    session.run("decapod", "reproduce", *words, "--out", str(out), env=QUIET)
+    session.log(f"open {out / 'report.html'}")

@@ -1,0 +1,1 @@
+"""Training code of other projects, ready to be swept; each module needs its own extra."""

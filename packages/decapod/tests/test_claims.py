@@ -20,15 +20,13 @@ from decapod.claims import (
     Exactly,
     Figure,
     Findings,
-    Outcome,
     Paper,
     Reproduction,
     Within,
-    discover,
     region,
-    reproduce,
 )
 from decapod.jobs import Job, JobResult
+from decapod.reproductions import Outcome, discover, reproduce
 
 PAPER = Paper("On toys", "A. Author", "Venue", 2024, "https://example.org/toys")
 CLAIM = Claim("gain", "Toys gain", "Table 1", ("toy", "none"), "gain", Above(0))

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from decapod.claims import Outcome
 from decapod.cli import main
 from decapod.jobs import Store
+from decapod.reproductions import Outcome
 
 SLOW_TOY = """
 import time

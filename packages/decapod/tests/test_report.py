@@ -11,12 +11,13 @@ from itertools import pairwise
 
 import pytest
 
-from decapod.claims import DataTable, Decided, Evidence, Figure, Outcome, Paper
+from decapod.claims import DataTable, Evidence, Figure, Paper
 from decapod.report import ReportError, Section, build, palette, render_page, svg_from_matplotlib
 from decapod.report.build import effect_text, headline
 from decapod.report.figures import themed_svg
 from decapod.report.glyph import glyph
 from decapod.report.page import duration, number, table_text
+from decapod.reproductions import Decided, Outcome
 
 SVG = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 10 10"><defs><clipPath id="c">'

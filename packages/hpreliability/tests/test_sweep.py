@@ -15,15 +15,16 @@ from hypothesis import strategies as st
 from decapod.jobs import Job, JobResult
 from decapod.jobs.callables import pack
 from decapod.jobs.worker import execute
-from hpreliability.errors import EmptyInputError, MissingExtraError, NonFiniteScoreError
-from hpreliability.scoring import thc
-from hpreliability.sweep import (
+from hpreliability.errors import (
+    EmptyInputError,
     IncompleteSweepError,
-    Sweep,
+    MissingExtraError,
+    NonFiniteScoreError,
     SweepConfigError,
     SweepResultError,
-    SweepSpec,
 )
+from hpreliability.scoring import thc
+from hpreliability.sweep import Sweep, SweepSpec
 
 SPEC: dict[str, Any] = {
     "name": "toy",

@@ -18,10 +18,11 @@ from typing import Annotated, Literal
 import tyro
 
 from decapod import runs
-from decapod.claims import Outcome, Profile, Reproduction, discover, reproduce
+from decapod.claims import Profile, Reproduction
 from decapod.jobs import make_executor, shard
 from decapod.report import ReportError, build
 from decapod.report.build import effect_text
+from decapod.reproductions import Outcome, discover, reproduce
 
 DEFAULT_OUT = Path("decapod-report")
 _SIGNS = {"shown": "✓", "not shown": "○", "reversed": "↺", "failed": "✕"}

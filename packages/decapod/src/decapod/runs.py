@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from decapod.jsonl import JSON, Appender, dumps, loads, read, to_json
+from decapod.writing import write_text
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -407,10 +408,4 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _write_record(path: Path, record: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".part")
-    text = json.dumps(json.loads(dumps(record, name="run")), indent=2) + "\n"
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    write_text(path, json.dumps(json.loads(dumps(record, name="run")), indent=2) + "\n")

@@ -50,6 +50,18 @@ class SourceFormatError(HPReliabilityError):
     """A file is not what the reader for it expects."""
 
 
+class SweepConfigError(HPReliabilityError):
+    """A sweep's description is wrong; the message begins with the offending key."""
+
+
+class SweepResultError(HPReliabilityError):
+    """What `train` returned does not have what the sweep asks for."""
+
+
+class IncompleteSweepError(HPReliabilityError):
+    """Some runs of a sweep have no result yet."""
+
+
 class MissingExtraError(ImportError):
     """An optional package is not installed; the message names the extra that brings it."""
 

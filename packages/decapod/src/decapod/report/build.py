@@ -12,10 +12,12 @@ from typing import Any, Final
 
 from decapod import jsonl
 from decapod._version import __version__
-from decapod.claims import Decided, Evidence, Figure, Outcome, write_atomically
+from decapod.claims import Evidence, Figure
 from decapod.report.figures import themed_svg
 from decapod.report.glyph import Glyph, glyph
 from decapod.report.page import interval_decimals, number, render
+from decapod.reproductions import Decided, Outcome
+from decapod.writing import write_text
 
 VERDICTS: Final = ("shown", "not shown", "reversed", "failed")
 _COUNT_WORDS: Final = (
@@ -84,9 +86,9 @@ def build(out_dir: Path | str) -> None:
             "Run `decapod reproduce` into this folder first."
         )
     context = _context(papers, unreadable)
-    write_atomically(out / "report.html", render("report.html.j2", **context))
-    write_atomically(out / "report.md", render("report.md.j2", **context).strip() + "\n")
-    write_atomically(out / "report.json", _json(papers, unreadable, context["counts"]))
+    write_text(out / "report.html", render("report.html.j2", **context))
+    write_text(out / "report.md", render("report.md.j2", **context).strip() + "\n")
+    write_text(out / "report.json", _json(papers, unreadable, context["counts"]))
 
 
 def _context(papers: Sequence[PaperView], unreadable: Sequence[Unreadable]) -> dict[str, Any]:

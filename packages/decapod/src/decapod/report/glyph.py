@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from decapod.claims import Decided, Evidence
+from decapod.claims import Evidence
+from decapod.reproductions import Decided
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def indexes() -> dict[str, str]:
 
 def install(session: nox.Session, *args: str) -> None:
     """Install with uv, which alone can be told to prefer the CPU build of torch."""
-    constraints = Path(session.create_tmp()) / "constraints.txt"
+    constraints = ROOT / ".nox" / "constraints.txt"
     constraints.write_text(f"{TORCH}\n", encoding="utf-8")
     arguments = ["--constraint", str(constraints), *args]
     if session.venv_backend == "uv":
@@ -183,7 +184,7 @@ def isolated(session: nox.Session, package: str) -> None:
     only_if_chosen(session, package)
     install(session, str(PROJECTS[package]))
     others = [name for name in PROJECTS if name != package]
-    session.chdir(session.create_tmp())
+    session.chdir(tempfile.gettempdir())
     session.run(
         "python",
         "-c",
@@ -200,13 +201,13 @@ def integration(session: nox.Session) -> None:
     built = wheels(session)
     with_extras = [f"{built[name]}[{','.join(extras(name))}]" for name in PROJECTS]
     install(session, "--reinstall", *with_extras, "pytest>=8")
-    outside = Path(session.create_tmp()) / "outside"
-    if outside.exists():
-        shutil.rmtree(outside)
-    shutil.copytree(ROOT / "integration", outside)
-    shutil.copy(ROOT / "pyproject.toml", outside)
-    session.chdir(outside)
-    session.run("pytest", ".", *session.posargs, env=QUIET)
+    # Not the session's own temporary folder: that is inside the environment, which Ray refuses.
+    with tempfile.TemporaryDirectory() as folder:
+        outside = Path(folder) / "integration"
+        shutil.copytree(ROOT / "integration", outside)
+        shutil.copy(ROOT / "pyproject.toml", outside)
+        with session.chdir(outside):
+            session.run("pytest", ".", *session.posargs, env=QUIET)
 
 
 # --- source ---------------------------------------------------------------------------------------
@@ -238,7 +239,8 @@ def docs(session: nox.Session) -> None:
     arguments = [part for name in PROJECTS for part in editable(name, [])]
     install(session, "mkdocs-material>=9.6", "mkdocstrings[python]>=0.30", *arguments)
     command = session.posargs or ["build", "--strict"]
-    session.run("mkdocs", *command, "--config-file", str(ROOT / "docs" / "mkdocs.yml"))
+    config = str(ROOT / "docs" / "mkdocs.yml")
+    session.run("mkdocs", *command, "--config-file", config, env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session(python=PYTHONS[0])

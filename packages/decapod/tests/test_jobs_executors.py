@@ -378,3 +378,23 @@ def test_a_module_found_only_by_our_own_search_path_is_found_by_the_workers(
     answer: Callable[..., Any] = module.answer
     job = Job(answer, {"i": 1})
     assert run(LocalExecutor(1), [job])[job.key].value == "only_here1"
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="needs a virtual environment")
+def test_ray_files_inside_the_virtual_environment_are_refused_and_not_waited_for() -> None:
+    pytest.importorskip("ray")
+    code = (
+        "from decapod.jobs import Job\n"
+        "from decapod.jobs.on_ray import RayExecutor\n"
+        "list(RayExecutor(1).run([Job(abs, {})]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TMPDIR": sys.prefix, "RAY_ADDRESS": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    assert "set TMPDIR to a folder outside of it" in done.stderr

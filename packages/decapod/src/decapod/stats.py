@@ -244,7 +244,7 @@ def _interval(
         return Estimate(value, -np.inf, np.inf, runs, level)
     # Resampling n runs sees the variance with divisor n; the standard error wants n − 1.
     error = float(np.std(replicates, ddof=1)) * np.sqrt(runs / (runs - 1))
-    half = error * float(scipy.stats.t.isf((1 - level) / 2, _degrees_of_freedom(strata)))
+    half = float(error * scipy.stats.t.isf((1 - level) / 2, _degrees_of_freedom(strata)))
     return Estimate(value, value - half, value + half, runs, level)
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import queue
+import sys
+import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from decapod.jobs.callables import Packing
@@ -122,9 +125,10 @@ class RayExecutor:
                 put(result_of(job, _outcome(ray, reference, submitted)))
 
     def _join(self, ray: Any) -> None:
-        address = self.address or os.environ.get("RAY_ADDRESS")
+        address = self.address or os.environ.get("RAY_ADDRESS") or None
         options: dict[str, Any] = {"log_to_driver": True, "logging_level": "warning"}
         if address is None:
+            _refuse_temporary_folder_in_environment()
             # "local" and not None: None would join any cluster that this machine happens to run.
             options |= {"address": "local", "num_cpus": self.n_jobs, "include_dashboard": False}
         else:
@@ -134,6 +138,16 @@ class RayExecutor:
     def _room(self, ray: Any) -> int:
         # Asked again every time: a cluster grows and shrinks.
         return self.n_jobs or max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def _refuse_temporary_folder_in_environment() -> None:
+    # Ray's workers refuse this too, but only in a log, and ray.init then waits for them for ever.
+    folder = Path(tempfile.gettempdir()).resolve()
+    if sys.prefix != sys.base_prefix and folder.is_relative_to(Path(sys.prefix).resolve()):
+        raise RuntimeError(
+            f"Ray cannot keep its files in {folder}, inside the virtual environment {sys.prefix}; "
+            "set TMPDIR to a folder outside of it"
+        )
 
 
 def _next(

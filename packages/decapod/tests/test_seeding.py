@@ -107,7 +107,7 @@ def test_without_torch_the_error_names_the_remedy() -> None:
         "except ImportError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "pip install torch" in done.stdout
+    assert "decapod[torch]" in done.stdout
 
 
 def test_seeding_imports_no_torch() -> None:

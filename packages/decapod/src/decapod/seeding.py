@@ -90,8 +90,8 @@ class Seeds:
             import torch
         except ImportError as error:
             raise ImportError(
-                "torch_generator needs torch, which is not installed; run `pip install torch`, or "
-                "use generator() for a numpy stream"
+                "torch_generator needs torch, which is not installed; run "
+                '`pip install "decapod[torch]"`, or use generator() for a numpy stream'
             ) from error
         generator = torch.Generator(device=device)
         generator.manual_seed(int(self.sequence(*names).generate_state(1, np.uint64)[0]))

@@ -42,7 +42,7 @@ def svg_from_matplotlib(figure: MatplotlibFigure) -> str:
     Returns:
         One ``<svg>`` element without XML declaration, doctype, metadata or date.
     """
-    import matplotlib  # noqa: PLC0415, RUF100 - drawing is optional, the report itself needs none
+    import matplotlib  # the caller's figure has it; the report itself needs none
 
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "decapod", "svg.fonttype": "none"}):

@@ -61,16 +61,18 @@ def test_a_nan_run_is_refused_with_its_key_until_a_rule_is_chosen(
         assert result.frame["n_runs"].tolist() == [runs]
 
 
-def test_nan_in_an_array_is_padding_and_infinity_is_refused_with_its_place() -> None:
+def test_nan_in_an_array_is_refused_with_its_place_unless_it_is_declared_padding() -> None:
     scores = np.random.default_rng(0).normal(size=(3, 4, 5))
     padded = np.concatenate([scores, np.full((3, 1, 5), np.nan)], axis=1)
-    assert hpr.thc_score(padded).score == hpr.thc_score(scores).score
+    with pytest.raises(NonFiniteScoreError, match=r"15 scores .* \(0, 4, 0\).* padded=True"):
+        hpr.thc_score(padded)
+    assert hpr.thc_score(padded, padded=True).score == hpr.thc_score(scores).score
     scores[2, 1, 3] = -np.inf
-    with pytest.raises(NonFiniteScoreError, match=r"\(2, 1, 3"):
-        hpr.thc_score(scores)
+    with pytest.raises(NonFiniteScoreError, match=r"\(2, 1, 3\)"):
+        hpr.thc_score(scores, padded=True)
     scores[2, :, 3] = np.nan
     with pytest.raises(TooFewRunsError):
-        hpr.thc_score(scores)
+        hpr.thc_score(scores, padded=True)
 
 
 def test_a_missing_context_is_refused_with_value_and_context_until_a_rule_is_chosen(

@@ -52,6 +52,7 @@ class THCResult:
 def thc_score(
     scores: ArrayLike,
     *,
+    padded: bool = False,
     interval: IntervalMethod = "mean_std",
     ties: Ties = "paper",
     level: float = 0.95,
@@ -66,8 +67,9 @@ def thc_score(
 
     Args:
         scores: shape (V, R, C): values, runs, contexts; or (V, R, C, T) with T tasks pooled inside
-            each context. NaN pads cells that have fewer runs than others; a failed run is not
-            padding, so give it a score or leave it out knowingly.
+            each context.
+        padded: NaN pads cells that have fewer runs than others. Otherwise NaN is an error: a run
+            that failed is not a run that does not exist.
         interval: how runs become an interval; see `score_intervals`.
         ties: how overlapping intervals rank; see `interval_ranks`.
         level: coverage of `interval` where that is not mean ± spread, and of `uncertainty`.
@@ -82,12 +84,12 @@ def thc_score(
         ShapeError: not three or four axes, or rows of unequal length.
         TooFewValuesError: V < 2.
         TooFewRunsError: a cell without runs.
-        NonFiniteScoreError: an infinite score.
+        NonFiniteScoreError: an infinite score, or NaN without `padded`; with its index.
 
     Source: arXiv 2406.17523 and its public analysis code for the score; null, calibration,
     uncertainty and symmetric ties are this library's.
     """
-    array = _as_scores(scores)
+    array = _as_scores(scores, padded=padded)
     method = Method(interval=interval, ties=ties, level=level, resamples=resamples, seed=seed)
     lo, hi = method.intervals(array)
     ranks = method.ranks(lo, hi)
@@ -189,6 +191,7 @@ def thc(
         cell = settled.scores(group["hyperparameter"], over=axes, missing=missing, **conditions)
         result = thc_score(
             cell.scores,
+            padded=True,  # the table has refused or settled failed runs
             interval=interval or ("iqm" if pooled else "mean_std"),
             ties=ties,
             level=level,
@@ -213,21 +216,26 @@ def thc(
     )
 
 
-def _as_scores(scores: ArrayLike) -> Floats:
+def _as_scores(scores: ArrayLike, *, padded: bool) -> Floats:
     try:
         array = np.asarray(scores, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise ShapeError(
-            "scores must be a rectangular array of numbers (V, R, C); rows of unequal length "
-            "are padded with NaN"
+            "scores must be a rectangular array of numbers (V, R, C); pad rows of unequal length "
+            "with NaN and say padded=True"
         ) from error
     if array.ndim not in (3, 4):
         raise ShapeError(f"scores must have shape (V, R, C) or (V, R, C, T), got {array.shape}")
     if 0 in array.shape:
         raise ShapeError(f"scores must have no empty axis, got {array.shape}")
-    if np.isinf(array).any():
-        where = tuple(int(i) for i in np.argwhere(np.isinf(array))[0])
-        raise NonFiniteScoreError(f"scores hold an infinite number at index {where}")
+    bad = np.isinf(array) if padded else ~np.isfinite(array)
+    if bad.any():
+        first = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise NonFiniteScoreError(
+            f"{int(bad.sum())} scores are not finite, first {array[first]} at index {first}; give "
+            "a failed run the score it deserves, or say padded=True where NaN stands for runs "
+            "that do not exist"
+        )
     return array if array.ndim == 4 else array[..., None]
 
 

@@ -92,8 +92,10 @@ def test_different_arguments_have_different_keys(
 ) -> None:
     def canonical(value: Any) -> Any:
         if isinstance(value, dict):
-            return sorted((key, canonical(item)) for key, item in value.items())
-        return [canonical(item) for item in value] if isinstance(value, list) else repr(value)
+            return "object", sorted((key, canonical(item)) for key, item in value.items())
+        if isinstance(value, list):
+            return "array", [canonical(item) for item in value]
+        return repr(value)
 
     equal = canonical(first) == canonical(second)
     assert (Job(echo, first).key == Job(echo, second).key) == equal

@@ -15,6 +15,7 @@ pytest.importorskip("yaml")
 from decapod.claims import Findings
 from decapod.jobs import JobResult
 from hpreliability import reproduce
+from hpreliability.errors import MissingExtraError
 from hpreliability.integrations.sb3_dqn import example_sweep
 from hpreliability.published import load_scores
 from hpreliability.reproduce import (
@@ -162,3 +163,15 @@ def test_regret_between_budgets_does_not_depend_on_the_order_of_values() -> None
     scores[:, :, 0, 0] = -500.0  # nothing learnt: all values tie
     shuffled = scores[[2, 0, 3, 1]]
     np.testing.assert_allclose(budget_regret(scores), budget_regret(shuffled))
+
+
+@pytest.mark.parametrize("package", ["yaml", "stable_baselines3", "matplotlib"])
+def test_a_missing_extra_is_named_before_the_first_job(
+    package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = reproduce.importlib.util.find_spec
+    monkeypatch.setattr(
+        reproduce.importlib.util, "find_spec", lambda name: None if name == package else find(name)
+    )
+    with pytest.raises(MissingExtraError, match=rf"{package}.*hpreliability\[report,sb3\]"):
+        jobs("quick")

@@ -15,6 +15,7 @@ Every rule is fixed here, before any job has run. The thresholds:
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -36,6 +37,7 @@ from decapod.claims import (
 from hpreliability import exhibits, published
 from hpreliability.advice import effect_size
 from hpreliability.consistency import Method
+from hpreliability.errors import MissingExtraError
 from hpreliability.null import permutation_null
 from hpreliability.scoring import THCTable, thc
 from hpreliability.table import Table
@@ -195,8 +197,12 @@ def jobs(profile: Profile) -> list[Job]:
     """All jobs of a profile: cells over games, hyper-parameters over agents, runs of the sweep.
 
     Raises:
-        MissingExtraError: without the extra `sb3`.
+        MissingExtraError: without the extras `report` and `sb3`; said here, because the figures at
+            the end need one of them.
     """
+    for package in ("yaml", "stable_baselines3", "matplotlib"):
+        if importlib.util.find_spec(package) is None:
+            raise MissingExtraError(package, "report,sb3")
     from hpreliability.integrations.sb3_dqn import train
 
     return [*_cell_jobs(profile), *_agent_jobs(profile), *_sweep(profile).jobs(train)]

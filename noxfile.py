@@ -147,12 +147,10 @@ def wheels(session: nox.Session) -> dict[str, Path]:
     """Build every package and return its wheel by import name."""
     if DIST.exists():
         shutil.rmtree(DIST)
-    install(session, "build[uv]")
+    install(session, "hatch>=1.14")
     for folder in PROJECTS.values():
-        session.run(
-            "python", "-m", "build", "--installer", "uv", "--outdir", str(DIST), str(folder),
-            silent=True, env=indexes(),
-        )  # fmt: skip
+        with session.chdir(folder):
+            session.run("hatch", "build", str(DIST), silent=True, env=indexes())
     return {name: next(DIST.glob(f"{name}-*.whl")) for name in PROJECTS}
 
 
@@ -246,11 +244,11 @@ def docs(session: nox.Session) -> None:
 @nox.session(python=PYTHONS[0])
 def build(session: nox.Session) -> None:
     """Source and wheel distributions of everything in `dist/`, checked."""
-    install(session, "hatch>=1.14", "twine>=6.1", "check-wheel-contents>=0.6")
+    built = wheels(session)
+    install(session, "twine>=6.1", "check-wheel-contents>=0.6")
     for folder in PROJECTS.values():
         with session.chdir(folder):
             session.run("hatch", "version")
-    built = wheels(session)
     session.run("twine", "check", "--strict", *map(str, sorted(DIST.iterdir())))
     session.run("check-wheel-contents", *map(str, built.values()))
 

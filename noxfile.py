@@ -147,10 +147,12 @@ def wheels(session: nox.Session) -> dict[str, Path]:
     """Build every package and return its wheel by import name."""
     if DIST.exists():
         shutil.rmtree(DIST)
-    install(session, "hatch>=1.14")
+    install(session, "build[uv]>=1.3")
     for folder in PROJECTS.values():
-        with session.chdir(folder):
-            session.run("hatch", "build", str(DIST), silent=True, env=indexes())
+        session.run(
+            "python", "-m", "build", "--installer", "uv", "--outdir", str(DIST), str(folder),
+            silent=True, env=indexes(),
+        )  # fmt: skip
     return {name: next(DIST.glob(f"{name}-*.whl")) for name in PROJECTS}
 
 
@@ -245,10 +247,18 @@ def docs(session: nox.Session) -> None:
 def build(session: nox.Session) -> None:
     """Source and wheel distributions of everything in `dist/`, checked."""
     built = wheels(session)
-    install(session, "twine>=6.1", "check-wheel-contents>=0.6")
-    for folder in PROJECTS.values():
-        with session.chdir(folder):
-            session.run("hatch", "version")
+    install(session, "hatch>=1.14", "twine>=6.1", "check-wheel-contents>=0.6")
+    with tempfile.TemporaryDirectory() as folder:
+        # Hatch keeps environments in the user's home; those of another checkout are not ours.
+        own = {
+            **indexes(),
+            "HATCH_DATA_DIR": f"{folder}/data",
+            "HATCH_CACHE_DIR": f"{folder}/cache",
+        }
+        for name, project in PROJECTS.items():
+            with session.chdir(project):
+                session.run("hatch", "version", env=own)
+                session.run("hatch", "build", f"{folder}/{name}", env=own)
     session.run("twine", "check", "--strict", *map(str, sorted(DIST.iterdir())))
     session.run("check-wheel-contents", *map(str, built.values()))
 

@@ -249,11 +249,13 @@ def build(session: nox.Session) -> None:
     built = wheels(session)
     install(session, "hatch>=1.14", "twine>=6.1", "check-wheel-contents>=0.6")
     with tempfile.TemporaryDirectory() as folder:
-        # Hatch keeps environments in the user's home; those of another checkout are not ours.
+        # Hatch makes environments of its own: not in the user's home, where those of other checkouts
+        # are, and not with the variable by which nox ties uv to the session's environment.
         own = {
             **indexes(),
             "HATCH_DATA_DIR": f"{folder}/data",
             "HATCH_CACHE_DIR": f"{folder}/cache",
+            "UV_PYTHON": None,
         }
         for name, project in PROJECTS.items():
             with session.chdir(project):

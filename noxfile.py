@@ -249,8 +249,8 @@ def build(session: nox.Session) -> None:
     built = wheels(session)
     install(session, "hatch>=1.14", "twine>=6.1", "check-wheel-contents>=0.6")
     with tempfile.TemporaryDirectory() as folder:
-        # Hatch makes environments of its own: not in the user's home, where those of other checkouts
-        # are, and not with the variable by which nox ties uv to the session's environment.
+        # Hatch makes environments of its own: not in the user's home, beside those of other
+        # checkouts, and without the variable by which nox ties uv to the session's environment.
         own = {
             **indexes(),
             "HATCH_DATA_DIR": f"{folder}/data",

@@ -63,6 +63,9 @@ def test_p_value_is_small_when_contexts_disagree():
 # Section 2.5 of the specification: mean THC of values that do not differ (normal noise, R=5).
 NULL_TABLE = [(2, 26, 0.30), (3, 26, 0.22), (4, 26, 0.21), (5, 26, 0.19), (6, 26, 0.18)]
 NULL_TABLE += [(7, 26, 0.16), (7, 2, 0.02)]
+# And the further cells that the documentation gives.
+NULL_TABLE += [(2, 2, 0.02), (3, 2, 0.03), (5, 2, 0.02)]
+NULL_TABLE += [(2, 8, 0.10), (3, 8, 0.09), (5, 8, 0.07), (7, 8, 0.06)]
 
 
 @pytest.mark.parametrize(("n_values", "n_contexts", "expected"), NULL_TABLE)

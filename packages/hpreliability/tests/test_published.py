@@ -90,3 +90,20 @@ def test_only_the_comparison_can_reach_the_published_numbers() -> None:
     package = Path(hpreliability.__file__).parent
     naming = [f.name for f in package.rglob("*.py") if "published_thc" in f.read_text("utf-8")]
     assert naming == ["published.py"]
+
+
+def test_symmetric_ties_change_25_cells_and_alone_survive_negated_scores(
+    scores: Table, rebuilt: THCTable
+) -> None:
+    # The numbers that the documentation gives for the two tie conventions on the public scores.
+    cells = rebuilt.frame
+    gap = (cells["symmetric"] - cells["score"]).abs()
+    assert (gap > TOLERANCE).sum() == 25
+    widest = cells.loc[gap.idxmax()]
+    assert (widest["agent"], widest["hyperparameter"]) == ("DER", "CNN_widths")
+    assert (widest["score"], widest["symmetric"]) == pytest.approx((0.325, 0.425))
+    negated = recompute(
+        replace(scores, frame=scores.frame.assign(score=-scores.frame["score"]))
+    ).frame
+    assert ((cells["score"] - negated["score"]).abs() > TOLERANCE).sum() == 23
+    assert ((cells["symmetric"] - negated["symmetric"]).abs() > TOLERANCE).sum() == 0

@@ -61,5 +61,20 @@ def test_committed_claims_were_recorded_before_the_run_and_are_todays(outcome: A
     assert recorded == {claim.id: claim.fingerprint for claim in CLAIMS}
 
 
+def test_committed_evidence_follows_from_the_committed_jobs_with_todays_code(outcome: Any) -> None:
+    for package in ("decapod", "matplotlib", "stable_baselines3", "yaml"):
+        pytest.importorskip(package)
+    from decapod.jobs import Store
+    from hpreliability.reproduce import conclude, jobs
+
+    done = Store(OUTCOME.parent / "jobs").done()
+    findings = conclude("standard", [done[job.key] for job in jobs("standard")])
+    for claim in outcome["claims"]:
+        found = findings.evidence[claim["id"]]
+        assert [found.effect, found.low, found.high] == pytest.approx(
+            [claim["evidence"][key] for key in ("effect", "low", "high")], abs=1e-9
+        )
+
+
 def test_the_published_table_is_complete() -> None:
     assert len(load_published()) == len(recompute(load_scores()).frame) == 41

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -133,6 +133,20 @@ def flattened(tree: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
         else:
             flat[str(key)] = item
     return flat
+
+
+def entries(config: Mapping[str, Any], names: Iterable[str], owner: str) -> dict[str, Any]:
+    """The named entries of one run's configuration.
+
+    Raises:
+        MissingColumnError: one is not there; the message names `owner` and what there is.
+    """
+    names = list(names)
+    lacking = [name for name in names if name not in config]
+    if lacking:
+        known = ", ".join(map(repr, config))
+        raise MissingColumnError(f"the config of {owner} lacks {lacking}; it has: {known}")
+    return {name: config[name] for name in names}
 
 
 def _check_options(

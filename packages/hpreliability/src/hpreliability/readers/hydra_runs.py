@@ -17,7 +17,7 @@ from hpreliability.errors import (
     MissingExtraError,
     SourceFormatError,
 )
-from hpreliability.readers.designs import Binning, Design, flattened, from_runs
+from hpreliability.readers.designs import Binning, Design, entries, flattened, from_runs
 from hpreliability.readers.files import read_frame
 from hpreliability.table import Table
 
@@ -88,11 +88,7 @@ def from_hydra(
         raise EmptyInputError(f"no job in {folder} overrides a key besides {sorted(fixed)}")
     rows, failed = [], []
     for job, config in configs.items():
-        lacking = [key for key in (*names, *fixed) if key not in config]
-        if lacking:
-            known = ", ".join(map(repr, config))
-            raise MissingColumnError(f"the config of {job} lacks {lacking}; it has: {known}")
-        labels = {key: config[key] for key in (*names, *fixed)} | {"job": str(job)}
+        labels = entries(config, (*names, *fixed), str(job)) | {"job": str(job)}
         points = _points(job / metrics, score, step)
         if not points:
             failed.append(str(job))

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from hpreliability.errors import EmptyInputError, MissingColumnError, SourceFormatError
-from hpreliability.readers.designs import Binning, Design, flattened, from_runs
+from hpreliability.readers.designs import Binning, Design, entries, flattened, from_runs
 from hpreliability.readers.files import read_json_lines
 from hpreliability.table import Table
 
@@ -64,11 +64,7 @@ def from_ray_results(
     wanted = (*params, *contexts, *([seed] if seed else []))
     rows, failed = [], []
     for name, config, reports, error in trials:
-        lacking = [key for key in wanted if key not in config]
-        if lacking:
-            known = ", ".join(map(repr, config))
-            raise MissingColumnError(f"the config of trial {name} lacks {lacking}; it has: {known}")
-        labels = {key: config[key] for key in wanted} | {"trial": name}
+        labels = entries(config, wanted, f"trial {name}") | {"trial": name}
         kept = [report for report in reports if score in report]
         kept = kept if step else kept[-1:]
         points = [{score: r[score]} | ({step: r.get(step)} if step else {}) for r in kept]

@@ -1,0 +1,1 @@
+"""One module per foreign tool; each works with the tool itself."""

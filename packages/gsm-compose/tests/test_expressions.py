@@ -13,6 +13,8 @@ from gsm_compose.expressions import (
     Literal,
     Negation,
     Operation,
+    addends,
+    divisors,
     evaluate,
     literals,
     parse,
@@ -118,3 +120,19 @@ def test_parsing_what_was_written_gives_the_same_value(expression: Expression) -
 def test_any_text_is_parsed_or_refused(text: str) -> None:
     with contextlib.suppress(ExpressionError):
         assert isinstance(evaluate(parse(text)), int | Fraction)
+
+
+@pytest.mark.parametrize(
+    ("text", "sums", "divided_by"),
+    [
+        ("1+2+3", [3], []),
+        ("(1+2+3)/2+4", [2, 3], ["2"]),
+        ("1+(2+3)", [2, 2], []),
+        ("1-2", [], []),
+        ("-(1+2)*6/3", [2], ["3"]),
+        ("8/(2+2)", [2], []),
+    ],
+)
+def test_sums_and_divisors_are_found(text: str, sums: list[int], divided_by: list[str]) -> None:
+    assert sorted(addends(parse(text))) == sums
+    assert [literal.text for literal in divisors(parse(text))] == divided_by

@@ -29,6 +29,8 @@ def kinds(text: str) -> dict[str, str]:
         ("at 3:30", "3", "time"),
         ("at 3:30", "30", "time"),
         ("at 5 o'clock", "5", "time"),
+        ("from 1 to 4 PM", "1", "time"),
+        ("from 9-11 a.m.", "9", "time"),
         ("a 5k run", "5", "glued"),
         ("a 4x6 frame", "4", "glued"),
         ("3-5 days", "3", "glued"),

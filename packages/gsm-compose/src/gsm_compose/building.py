@@ -3,9 +3,9 @@
 Chains are built hop by hop. What is already there, at first single questions, stands on the left of
 a bipartite graph; questions with slots stand on the right; an edge means that the answer on the
 left may take the place of some number on the right. A maximum matching extends as many chains as
-can be. Edges are drawn lazily, a few for each chain and more while that is too few, so the train
-split needs no more time than the test split; only when everything has been drawn and is still too
-few is the number that was asked for refused.
+can be. Chains and edges are drawn lazily, some at first and more while these are too few, so time
+grows with the number of items and not with the split; only when everything has been drawn and is
+still too few is the number that was asked for refused.
 """
 
 from __future__ import annotations
@@ -229,13 +229,19 @@ class _Builder:
 
         Chains beyond `n` are left out before the answers are balanced.
         """
-        limit = _FIRST_EDGES
+        limit, pool = _FIRST_EDGES, chains[: 2 * n]
         while True:
-            edges, everything = self._edges(chains, left, hop, limit)
+            edges, everything = self._edges(pool, left, hop, limit)
             partners = maximum_matching(edges, left)
-            if everything or sum(partner is not None for partner in partners) >= n:
+            if sum(partner is not None for partner in partners) >= n:
                 break
-            limit *= 4
+            if len(pool) < len(chains):
+                pool = chains
+            elif everything:
+                break
+            else:
+                limit *= 4
+        chains = pool
         matched = [i for i, partner in enumerate(partners) if partner is not None][:n]
         for i in matched:
             left[_known(partners[i])] -= 1

@@ -1,6 +1,6 @@
 """Errors that say what is wrong, where, and what to do about it.
 
-Every error about input is a `ValueError`, so code that does not care which one it is can catch that.
+Every error about input is a `ValueError`: code that does not care which one it is can catch that.
 """
 
 from __future__ import annotations
@@ -46,16 +46,6 @@ class EvaluationError(GSMComposeError):
     """A model's answers do not fit the questions, or a results file belongs to another run."""
 
 
-class MissingExtraError(ImportError):
-    """An optional package is not installed; the message names the extra that brings it."""
-
-    def __init__(self, package: str, extra: str) -> None:
-        super().__init__(
-            f"{package} is not installed; this needs the extra: "
-            f'pip install "gsm-compose[{extra}]"'
-        )
-
-
 class RewardError(GSMComposeError):
     """A reward function was called with columns that do not fit the completions."""
 
@@ -70,3 +60,16 @@ class IsolationError(GSMComposeError):
 
 class LearningError(GSMComposeError):
     """The learning experiment was given settings that make no run."""
+
+
+class UsageError(GSMComposeError):
+    """The command line asks for something that cannot be done; nothing was begun."""
+
+
+class MissingExtraError(ImportError):
+    """An optional package is not installed; the message names the extra that brings it."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(
+            f'{package} is not installed; this needs the extra: pip install "gsm-compose[{extra}]"'
+        )

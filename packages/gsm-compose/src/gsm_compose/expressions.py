@@ -87,6 +87,39 @@ def literals(expression: Expression) -> Iterator[Literal]:
             yield from literals(right)
 
 
+def addends(expression: Expression) -> Iterator[int]:
+    """How many terms each sum within an expression adds up: ``(a+b+c)/2+d`` gives 2 and 3."""
+    match expression:
+        case Negation(operand):
+            yield from addends(operand)
+        case Operation(operator, left, right):
+            terms = 1
+            while operator == "+":
+                yield from addends(right)
+                terms += 1
+                if not (isinstance(left, Operation) and left.operator == "+"):
+                    break
+                left, right = left.left, left.right
+            else:
+                yield from addends(right)
+            yield from addends(left)
+            if terms > 1:
+                yield terms
+
+
+def divisors(expression: Expression) -> Iterator[Literal]:
+    """Literals that stand right after a division sign."""
+    match expression:
+        case Negation(operand):
+            yield from divisors(operand)
+        case Operation(operator, left, right):
+            yield from divisors(left)
+            if operator == "/" and isinstance(right, Literal):
+                yield right
+            else:
+                yield from divisors(right)
+
+
 def evaluate(expression: Expression, values: Sequence[Exact] | None = None) -> Exact:
     """Exact value.
 

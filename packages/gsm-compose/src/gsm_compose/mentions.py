@@ -58,7 +58,9 @@ _DIGITS: Final = re.compile(r"\d{1,3}(?:,\d{3})+(?!\d)|\d+")
 _FRACTION: Final = re.compile(rf"(\d+)\s*[/⁄]\s*(\d+)(?![\d/])|(?:\d+\s*)?([{''.join(_VULGAR)}])")
 _AFTER_PERCENT: Final = re.compile(r"\s*(?:%|percent|per\s+cent|percentage)", re.I)
 _AFTER_ORDINAL: Final = re.compile(r"\s?(?:st|nd|rd|th)\b", re.I)
-_AFTER_TIME: Final = re.compile(r":\d\d|\s*(?:[ap]\.?m\b|o['’]clock)", re.I)
+_AFTER_TIME: Final = re.compile(
+    r":\d\d|(?:\s*(?:-|–|to|until|till)\s*\d{1,2}(?::\d\d)?)?\s*(?:[ap]\.?m\b|o['’]clock)", re.I
+)
 _BEFORE_TIME: Final = re.compile(r"\d:$")
 _BEFORE_LABEL: Final = re.compile(
     r"(?:\b(?:day|week|month|grade|chapter|page|number|no\.?|step|level|room|phase|round|route|"

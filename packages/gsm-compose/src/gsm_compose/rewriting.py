@@ -74,7 +74,7 @@ def _rewrite_line(
         position = mark.end()
         shown = _TEXT_NUMBER.match(line, position)
         if shown:
-            written.append(result)
+            written.append(_in_the_style_of(shown[0], run.outputs[i]))
             position = shown.end()
     words = _rewrite_words(line[position:], changes)
     return None if words is None else "".join(written) + words
@@ -89,9 +89,14 @@ def _rewrite_words(words: str, changes: Mapping[Exact, set[Exact]]) -> str | Non
             return None
         written += [words[position : match.start()], match[0]]
         if new != {old}:
-            written[-1] = show_number(next(iter(new)))
+            written[-1] = _in_the_style_of(match[0], next(iter(new)))
         position = match.end()
     return "".join(written) + words[position:]
+
+
+def _in_the_style_of(text: str, value: Exact) -> str:
+    """The value, with thousands commas where `text` has them."""
+    return f"{value:,}" if "," in text and value.denominator == 1 else show_number(value)
 
 
 def _equation(run: Recomputed, i: int) -> str:
@@ -147,7 +152,7 @@ def show(expression: Expression, run: Recomputed, step: int) -> str:
             return operator.join(texts)
 
 
-# --- as Python --------------------------------------------------------------------------------------
+# --- as Python -----------------------------------------------------------------------------------
 
 
 def python_source(program: Program, symbols: Mapping[Leaf, str], name: str) -> str:

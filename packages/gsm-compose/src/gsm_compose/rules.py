@@ -20,7 +20,7 @@ from gsm_compose import prose, wording
 from gsm_compose.constants import ALWAYS, implied, strongly_implied
 from gsm_compose.doubtful import doubtful_rows
 from gsm_compose.errors import ExpressionError, ProgramError
-from gsm_compose.expressions import Literal
+from gsm_compose.expressions import Literal, addends, divisors
 from gsm_compose.program import Leaf, Program
 from gsm_compose.slots import Slot
 
@@ -59,6 +59,10 @@ def _not_plain(slot: Slot, _: Program) -> str | None:
 
 def _not_positive(slot: Slot, _: Program) -> str | None:
     return None if slot.value > 0 else f"{slot.text!r} is not a positive number."
+
+
+def _one(slot: Slot, _: Program) -> str | None:
+    return "the words after 1 are in the singular." if slot.value == 1 else None
 
 
 def _stated_again(slot: Slot, _: Program) -> str | None:
@@ -205,6 +209,24 @@ def _conversion(slot: Slot, _: Program) -> str | None:
     return None
 
 
+def _remainder(slot: Slot, _: Program) -> str | None:
+    if wording.states_remainder(slot.problem.question[: slot.start]):
+        return "it says how many are left, which follows from other numbers."
+    return None
+
+
+def _counts_terms(slot: Slot, program: Program) -> str | None:
+    divides = any(
+        literal.value == slot.value
+        for step in program.steps
+        for literal in divisors(step.expression)
+    )
+    terms = {count for step in program.steps for count in addends(step.expression)}
+    if slot.value in terms and (divides or slot.value > 2):
+        return f"a sum of the solution has {slot.value} terms, which it may count."
+    return None
+
+
 def _doubtful(slot: Slot, _: Program) -> str | None:
     return doubtful_rows().get(slot.problem.id)
 
@@ -212,6 +234,7 @@ def _doubtful(slot: Slot, _: Program) -> str | None:
 DEFAULT_RULES: Final = (
     Rule("not a plain number", "Only whole numbers in digits may become X.", _not_plain),
     Rule("not positive", "X is positive, so it replaces positive numbers only.", _not_positive),
+    Rule("one", "Another number after 1 thing would need the plural.", _one),
     Rule("stated again", "The same value stands elsewhere in the question.", _stated_again),
     Rule("implied as well", "A word of the question may imply the same value.", _implied),
     Rule("symbol taken", "The question already uses the letter.", _has_symbol),
@@ -228,5 +251,7 @@ DEFAULT_RULES: Final = (
     Rule("dead step", "A step's result is not used.", _dead_step),
     Rule("case distinction", "The solution depends on which case holds.", _case),
     Rule("unit conversion", "The number relates two units.", _conversion),
+    Rule("remainder", "The number is what other numbers leave.", _remainder),
+    Rule("counts terms", "It may be how many terms a sum has.", _counts_terms),
     Rule("doubtful row", "The row's own answer is wrong or disputable.", _doubtful),
 )

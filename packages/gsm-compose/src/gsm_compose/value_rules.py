@@ -93,6 +93,7 @@ _LIMITS: Final = tuple(
             60,
         ),
         (r"\s*-?\s*years?(?:\s+|-)old", 110),
+        (r"\s*degrees?\s+(?:from|above|to)\s+the\s+(?:ground|horizon)", 89),
     )
 )
 
@@ -118,14 +119,30 @@ def _part_grows(slot: Slot, x: int, _: Recomputed, __: Fraction) -> str | None:
     return None
 
 
+def _part_exceeds_whole(slot: Slot, x: int, run: Recomputed, _: Fraction) -> str | None:
+    was_part = run.program.final <= slot.value
+    if was_part and run.answer > x and wording.same_things_asked(slot.problem.question, slot.end):
+        return f"asked is a part of {slot.value}; {run.answer} would be more than all {x}."
+    return None
+
+
+def _coincides(slot: Slot, x: int, _: Recomputed, __: Fraction) -> str | None:
+    for other in slot.problem.mentions:
+        if other != slot.mention and other.values[0] == x:
+            return f"the question states {other.text!r} as well."
+    return None
+
+
 def _singular(_: Slot, x: int, __: Recomputed, ___: Fraction) -> str | None:
     return "the words after the number are in the plural." if x == 1 else None
 
 
 VALUE_RULES: Final = (
     ValueRule("singular", "X is at least 2.", _singular),
+    ValueRule("coincides", "X differs from the other numbers of the question.", _coincides),
     ValueRule("beyond nature", "A week has seven days, people have an age.", _beyond_nature),
     ValueRule("part grows", "A part of something counted does not grow.", _part_grows),
+    ValueRule("part exceeds whole", "A part of X is not more than X.", _part_exceeds_whole),
     ValueRule("fraction appears", "Whole intermediate results stay whole.", _fraction_appears),
     ValueRule("sign changes", "Positive intermediate results stay positive.", _sign_changes),
     ValueRule("bad answer", "The answer is a positive whole number.", _bad_answer),

@@ -86,7 +86,8 @@ def _one_dimension(units: list[str]) -> bool:
 
 
 _PART_AFTER: Final = re.compile(
-    r"\W*(?:\w+\W+){0,2}of\s+(?:them|those|these|whom|which)\b", re.IGNORECASE
+    r"\W*(?:\w+\W+){0,2}of\s+(?:them|those|these|whom|which)\b|\s+of\s+(?:the|his|her|their|its)\b",
+    re.IGNORECASE,
 )
 _GOT_BACK: Final = re.compile(
     r"\b(?:found|finds?|recover\w*|retriev\w*|came up with|(?:got|gets?|gave|gives?|brings?|"
@@ -107,6 +108,16 @@ def part_of_a_whole(before: str, after: str) -> bool:
     return bool(_GOT_BACK.search(before) and _LOSS.search(before))
 
 
+_REMAINDER: Final = re.compile(
+    r"\b(?:the|his|her|their|its)\s+(?:other|remaining)\s+\$?$", re.IGNORECASE
+)
+
+
+def states_remainder(before: str) -> bool:
+    """Whether a number after this text says how many are left besides those counted before."""
+    return _REMAINDER.search(before) is not None
+
+
 _AGES: Final = re.compile(
     r"\byears?[\s-]+old\b|\bages?\b|\baged\b|\bturn(?:s|ed|ing)? \d|\bolder\b|\byounger\b|"
     r"\bbirthday",
@@ -117,3 +128,31 @@ _AGES: Final = re.compile(
 def about_ages(question: str) -> bool:
     """Whether a question speaks of people's ages."""
     return _AGES.search(question) is not None
+
+
+_ASKED: Final = re.compile(r"\bhow\s+many\s+((?:[\w'’-]+\s+){0,2}[\w'’-]+)", re.IGNORECASE)
+_FOLLOWING: Final = re.compile(r"[\s-]*((?:[\w'’-]+\s+)?[\w'’-]+)")
+
+
+def same_things_asked(question: str, end: int) -> bool:
+    """Whether the question asks how many of the very things that the number before `end` counts."""
+    counted = _FOLLOWING.match(question, end)
+    asked = _ASKED.search(question)
+    if counted is None or asked is None:
+        return False
+    return bool(_nouns(counted[1]) & _nouns(asked[1]))
+
+
+_LITTLE: Final = frozenset(
+    (
+        "a", "an", "and", "are", "at", "did", "do", "does", "each", "for", "from", "had", "has",
+        "have", "he", "her", "his", "how", "in", "is", "it", "many", "more", "of", "on", "one",
+        "other", "per", "she", "than", "that", "the", "their", "them", "there", "they", "to", "was",
+        "were", "will", "with", "you",
+    )
+)  # fmt: skip
+
+
+def _nouns(words: str) -> set[str]:
+    """Words that may be nouns, without the ending of the plural."""
+    return {word.removesuffix("s") for word in words.lower().split() if word not in _LITTLE}

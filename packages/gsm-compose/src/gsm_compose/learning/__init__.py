@@ -8,5 +8,6 @@ The learning experiment of the reproduction, at the scale of minutes on a CPU:
 - `training`: the training loop;
 - `measuring`: S1, S2, S_comp and their controls on held-out pairs;
 - `experiment`: the job that trains one arm and measures it as it learns;
-- `findings`: claims with their decision rules, and what the jobs' results say about them.
+- `runs` and `exhibits`: the results of several jobs, their curves and tables;
+- `findings`: claims with their decision rules, and what the results say about them.
 """

@@ -32,7 +32,7 @@ _DESIGNS: Final[dict[Arm, tuple[Mixture, Mixture, Style]]] = {
 def train_and_measure(
     arm: Arm,
     seed: int,
-    steps: int = 500,
+    steps: int = 300,
     pairs: int = 300,
     checkpoints: int = 4,
     config: dict[str, Any] | None = None,

@@ -15,15 +15,21 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from gsm_compose.errors import LearningError, MissingExtraError
-from gsm_compose.learning.experiment import ARMS
+from decapod.claims import Above, Below, Claim, Evidence, Profile
+from gsm_compose.learning.exhibits import figures, tables
+from gsm_compose.learning.experiment import ARMS, train_and_measure
+from gsm_compose.learning.runs import Result, by_arm
 from gsm_compose.stats import multiway_estimates
 
 if TYPE_CHECKING:
-    from decapod.claims import Claim, Evidence
+    from decapod.jobs import Job
+
+__all__ = [
+    "CLAIMS", "NOTES", "POINTS", "QUESTIONS", "SCALES", "Question", "Scale", "delta", "evidence",
+    "figures", "jobs", "tables",
+]  # fmt: skip
 
 Rates = Mapping[str, Any]  # of one point: "q1", "q2" and "cf" (means of those columns)
-Result = Mapping[str, Any]  # as `experiment.train_and_measure` returns it
 
 # Points at which a model is measured: the arm whose run it is, and after which half.
 POINTS: Final = {
@@ -33,6 +39,9 @@ POINTS: Final = {
     "code": ("code", "end"),
 }
 _COLUMNS = ("q1", "q2", "cf")
+_VERSION: Final = "1"  # raise when a job gives other results
+# Ten points: five standard errors of Δ in the paper's design; its small models have 12 to 37.
+_CLEAR: Final = 0.1
 
 
 def delta(rates: Rates) -> Any:
@@ -73,62 +82,107 @@ QUESTIONS: Final[dict[str, Question]] = {
 }
 
 
-def claims() -> tuple[Claim, ...]:
-    """The claims, each with its decision rule.
+CLAIMS: Final = (
+    Claim(
+        id="learning-gap",
+        statement="A small model trained from scratch on one-hop problems alone solves two-hop "
+        "compositions less often than its one-hop accuracy predicts.",
+        source="Eq. 1 and Section 4 of the paper, at another scale",
+        arms=QUESTIONS["learning-gap"].points,
+        metric="Δ = S_comp − S1·S2 after the first half of training",
+        rule=Below(-_CLEAR),
+    ),
+    Claim(
+        id="learning-more-helps-one-hop",
+        statement="Twice as much one-hop training makes it better at one-hop problems.",
+        source="Figure 7 of the paper, its rising curve",
+        arms=QUESTIONS["learning-more-helps-one-hop"].points,
+        metric="S1·S2 after the second half minus after the first",
+        rule=Above(0.0),
+    ),
+    Claim(
+        id="learning-more-leaves-gap",
+        statement="Twice as much one-hop training does not close the gap.",
+        source="Figure 7 of the paper, its other curve",
+        arms=QUESTIONS["learning-more-leaves-gap"].points,
+        metric="Δ after the second half of one-hop training",
+        rule=Below(-_CLEAR),
+    ),
+    Claim(
+        id="learning-composition-closes",
+        statement="As many steps of training with compositions of other templates close most of "
+        "the gap.",
+        source="Asked by the paper's reviewers; not an experiment of the paper",
+        arms=QUESTIONS["learning-composition-closes"].points,
+        metric="share of the gap that is gone, 1 − Δ(compositional) / Δ(more one-hop)",
+        rule=Above(0.5),
+    ),
+    Claim(
+        id="learning-code-shrinks",
+        statement="A model that answers in code has a smaller gap, with no composition in its "
+        "training.",
+        source="Figure 8 of the paper, trained here rather than prompted",
+        arms=QUESTIONS["learning-code-shrinks"].points,
+        metric="Δ(code) − Δ(more one-hop), after as many steps",
+        rule=Above(0.0),
+    ),
+)
 
-    Raises:
-        MissingExtraError: decapod is not installed.
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of the experiment is run.
+
+    Attributes:
+        seeds: of every arm, counted from 0; the set-up was tuned on seeds from 100 on.
+        steps: of each half of the training.
+        pairs: held-out pairs per seed.
+        checkpoints: measurements per half.
     """
-    try:
-        from decapod.claims import Above, Below, Claim
-    except ImportError as error:
-        raise MissingExtraError("decapod", "experiments") from error
-    question = {name: QUESTIONS[name].points for name in QUESTIONS}
-    return (
-        Claim(
-            id="learning-gap",
-            statement="A small model trained from scratch on one-hop problems alone solves two-hop "
-            "compositions less often than its one-hop accuracy predicts.",
-            source="Eq. 1 and Section 4: the reasoning gap",
-            arms=question["learning-gap"],
-            metric="Δ = S_comp − S1·S2 after the first half of training",
-            rule=Below(-0.1),
-        ),
-        Claim(
-            id="learning-more-helps-one-hop",
-            statement="Twice as much one-hop training makes it better at one-hop problems.",
-            source="Figure 7: fine-tuning on GSM8K keeps raising accuracy on GSM8K",
-            arms=question["learning-more-helps-one-hop"],
-            metric="S1·S2 after the second half minus after the first",
-            rule=Above(0.0),
-        ),
-        Claim(
-            id="learning-more-leaves-gap",
-            statement="Twice as much one-hop training does not close the gap.",
-            source="Figure 7: accuracy on compositions does not follow",
-            arms=question["learning-more-leaves-gap"],
-            metric="Δ after the second half of one-hop training",
-            rule=Below(-0.1),
-        ),
-        Claim(
-            id="learning-composition-closes",
-            statement="The same amount of training with compositions of other templates closes "
-            "most of the gap.",
-            source="Asked by the paper's reviewers; not an experiment of the paper",
-            arms=question["learning-composition-closes"],
-            metric="share of the gap that is gone, 1 − Δ(compositional) / Δ(more one-hop)",
-            rule=Above(0.5),
-        ),
-        Claim(
-            id="learning-code-shrinks",
-            statement="A model that answers in code has a smaller gap, with no composition in its "
-            "training.",
-            source="Figure 8: code instead of natural-language reasoning",
-            arms=question["learning-code-shrinks"],
-            metric="Δ(code) − Δ(more one-hop), after equally many steps",
-            rule=Above(0.1),
-        ),
-    )
+
+    seeds: int
+    steps: int = 300
+    pairs: int = 300
+    checkpoints: int = 3
+
+
+SCALES: Final[dict[Profile, Scale]] = {
+    "quick": Scale(seeds=1),
+    "standard": Scale(seeds=5),
+    "full": Scale(seeds=20, pairs=1000, checkpoints=6),
+}
+NOTES: Final = (
+    "The learning experiment is about a model of 130 thousand parameters and a language of some "
+    "200 words. It shows that the gap can come from what a model is trained on; it does not show "
+    "that this is where the gap of large models comes from.",
+    "Where a single seed was run, the intervals of the learning experiment are over its test pairs "
+    "and say nothing of other seeds; its verdicts are then a demonstration.",
+    "How well compositions of some templates carry over to others depends on how many templates "
+    "there are. With 12 templates a group instead of 320, an exploratory run lost most of what "
+    "it had gained at first.",
+)
+
+
+def jobs(scale: Scale) -> list[Job]:
+    """A job for every arm and seed; all arms of a seed stand together."""
+    from decapod.jobs import Job
+
+    return [
+        Job(
+            train_and_measure,
+            {
+                "arm": arm,
+                "seed": seed,
+                "steps": scale.steps,
+                "pairs": scale.pairs,
+                "checkpoints": scale.checkpoints,
+            },
+            f"learning, {arm}, seed {seed}",
+            _VERSION,
+        )
+        for seed in range(scale.seeds)
+        for arm in ARMS
+    ]
 
 
 def evidence(results: Sequence[Result], level: float = 0.95) -> dict[str, Evidence]:
@@ -140,7 +194,6 @@ def evidence(results: Sequence[Result], level: float = 0.95) -> dict[str, Eviden
 
     Raises:
         LearningError: an arm twice with the same seed, or arms with different seeds.
-        MissingExtraError: decapod is not installed.
     """
     runs = by_arm(results)
     return {
@@ -150,29 +203,7 @@ def evidence(results: Sequence[Result], level: float = 0.95) -> dict[str, Eviden
     }
 
 
-def by_arm(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """Results by arm, in the order of their seeds.
-
-    Raises:
-        LearningError: as `evidence`.
-    """
-    runs = {
-        arm: sorted((r for r in results if r["arm"] == arm), key=lambda r: int(r["seed"]))
-        for arm in ARMS
-    }
-    runs = {arm: found for arm, found in runs.items() if found}
-    seeds = {arm: [r["seed"] for r in found] for arm, found in runs.items()}
-    if not runs or any(
-        len(set(s)) < len(s) or s != next(iter(seeds.values())) for s in seeds.values()
-    ):
-        raise LearningError(
-            f"results: expected each arm once with each seed, the same ones for all; got {seeds}"
-        )
-    return runs
-
-
 def _evidence(question: Question, runs: Mapping[str, list[Result]], level: float) -> Evidence:
-    from decapod.claims import Evidence
     from decapod.stats import aggregate
 
     points = {
@@ -236,26 +267,3 @@ def _over_pairs(
         return -np.inf, np.inf
     interval = estimate.interval(level)
     return interval.low, interval.high
-
-
-def learning_curves(results: Sequence[Result]) -> dict[str, dict[str, Any]]:
-    """Figure data: rates along training, by arm.
-
-    Returns:
-        By arm: ``step`` (list of checkpoints), ``half`` (the step at which the arms part), and for
-        each rate of `experiment.rates` and ``loss`` a list per checkpoint of the values of all
-        seeds, in the order of the seeds.
-
-    Raises:
-        LearningError: as `evidence`.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for arm, runs in by_arm(results).items():
-        curves = [run["curve"] for run in runs]
-        names = [name for name in curves[0][0] if name != "step"]
-        found[arm] = {"step": [point["step"] for point in curves[0]], "half": runs[0]["steps"]}
-        found[arm] |= {
-            name: [[point[name] for point in points] for points in zip(*curves, strict=True)]
-            for name in names
-        }
-    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import signal
@@ -804,3 +805,24 @@ def test_an_export_that_cannot_be_is_one_line_and_leaves_nothing(
     assert done.returncode == 2
     assert words in _one_line(done)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_steps_are_told_on_a_terminal_and_elsewhere() -> None:
+    from gsm_compose.commands.steps import steps
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream in (Terminal(), io.StringIO()):
+        with steps(stream) as step:
+            step("the first")
+            step("the [second]")
+        told = stream.getvalue()
+        assert "the first" in told
+        assert "the [second]" in told
+    assert [line.split(" s  ")[1] for line in told.splitlines()] == [
+        "the first",
+        "the [second]",
+        "done",
+    ]

@@ -218,7 +218,7 @@ def test_a_model_that_dies_in_the_middle_loses_nothing(
         out.unlink(missing_ok=True)
         with pytest.raises(
             EvaluationError,
-            match=rf"ConnectionError: endpoint went away\. {answered} of 9 .*out\.jsonl; call",
+            match=rf"ConnectionError: endpoint went away\. {answered} of 9 .*out\.jsonl; the same call",
         ) as caught:
             evaluate(benchmark, model, spec=ZERO_SHOT, batch_size=2, out=out, progress=False)
         assert isinstance(caught.value.__cause__, ConnectionError)
@@ -269,7 +269,7 @@ def test_the_user_who_interrupts_is_told_how_to_go_on(benchmark: Benchmark, tmp_
         evaluate(benchmark, model, spec=ZERO_SHOT, batch_size=3, out=out, progress=False)
     assert caught.value.__notes__ == [
         f"6 of 9 prompts were answered and are in {out}; "
-        "call evaluate again in the same way to ask only the rest."
+        "the same call or command again asks only the rest."
     ]
     with pytest.raises(KeyboardInterrupt) as caught:
         evaluate(
@@ -516,7 +516,7 @@ def test_unfinished_and_foreign_files_make_no_results(benchmark: Benchmark, tmp_
         Results.from_jsonl(out, Benchmark(benchmark.items[:2]))
     lines = out.read_bytes().splitlines(keepends=True)
     out.write_bytes(b"".join(lines[:-1]))
-    with pytest.raises(EvaluationError, match=r"1 are missing.*call evaluate again"):
+    with pytest.raises(EvaluationError, match=r"1 are missing.*run it again"):
         Results.from_jsonl(out, benchmark)
     out.write_bytes(b"".join([*lines, lines[-1]]))
     with pytest.raises(EvaluationError, match="expected one answer to each of 3 items, got 4"):

@@ -24,7 +24,7 @@ def findings() -> Findings:
     """The quick profile, cut down until it takes seconds: every job is real."""
     with pytest.MonkeyPatch.context() as patch:
         learning = replace(SCALES["quick"], steps=4, pairs=12)
-        patch.setitem(reproduce._SCALES, "quick", reproduce._Scale(20, learning))
+        patch.setitem(reproduce._SCALES, "quick", reproduce._Scale(2, 20, learning))
         patch.setattr(reproduce, "_CHUNK", 10)
         patch.setattr(reproduce, "_ITEMS", 40)
         results = [

@@ -90,7 +90,7 @@ def build_benchmark(
         hops: questions an item, 2 to 4; a fan-in has 3.
         ratio: largest factor between the new and the published answer of a question, up or down.
         max_reuse: how often a question may occur in other places than the first. A question stands
-            first at most once. None: the least that is enough for `n`; 2 for 1200 two-hop items of
+            first at most once. None: the least that is enough for `n`; 3 for 1200 two-hop items of
             the test split. The benchmark's settings say which it was.
         seed: same seed and problems, same benchmark, byte for byte.
         shape: ``"chain"``, or ``"fan_in"``: two answers into one question.

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal, cast
 import tyro
 
 from gsm_compose.benchmark import Benchmark
-from gsm_compose.engines import Engine, Sampling, Server
+from gsm_compose.commands.engines import Engine, Sampling, Server
 from gsm_compose.errors import EvaluationError, GSMComposeError, MissingExtraError, UsageError
-from gsm_compose.formats import Asking, Format, export_folder, spec_of
+from gsm_compose.commands.formats import Asking, Format, export_folder, spec_of
 from gsm_compose.items import Shape
 from gsm_compose.prompts import CONDITIONS, Condition, PromptSpec, Style
 from gsm_compose.sandbox import Isolation
-from gsm_compose.steps import steps
+from gsm_compose.commands.steps import steps
 from gsm_compose.writing import write_text
 
 if TYPE_CHECKING:
@@ -86,8 +86,8 @@ class Build:
     def run(self) -> int:
         """Exit status."""
         from gsm_compose.building import build_benchmark
-        from gsm_compose.listing import stats_text
-        from gsm_compose.run_record import sha256
+        from gsm_compose.commands.listing import stats_text
+        from gsm_compose.commands.run_record import sha256
 
         _check_free(self.out, self.force)
         card = self.out.with_suffix(".md")
@@ -157,7 +157,7 @@ class Audit:
         return self._yields() if self.file is None else self._check(self.file)
 
     def _explain(self) -> int:
-        from gsm_compose.listing import explanation, explanation_text, find_row
+        from gsm_compose.commands.listing import explanation, explanation_text, find_row
 
         found = []
         for identity in self.explain:
@@ -167,7 +167,7 @@ class Audit:
         return 0
 
     def _yields(self) -> int:
-        from gsm_compose.listing import yields_text
+        from gsm_compose.commands.listing import yields_text
         from gsm_compose.yields import count_yields
 
         with steps() as step:
@@ -179,7 +179,7 @@ class Audit:
         return 0
 
     def _check(self, file: Path) -> int:
-        from gsm_compose.listing import audit_text, stats_text
+        from gsm_compose.commands.listing import audit_text, stats_text
         from gsm_compose.verify import symbolic_audit
 
         with steps() as step:
@@ -237,7 +237,7 @@ class Eval:
 
     def run(self) -> int:
         """Exit status."""
-        from gsm_compose.evaluations import Evaluation, answers_path, summary
+        from gsm_compose.commands.evaluations import Evaluation, answers_path, summary
         from gsm_compose.results import best_of
 
         engine = Engine.parse(self.engine)
@@ -290,8 +290,8 @@ class Report:
 
     def run(self) -> int:
         """Exit status."""
-        from gsm_compose.evaluations import collect
-        from gsm_compose.listing import read_ids
+        from gsm_compose.commands.evaluations import collect
+        from gsm_compose.commands.listing import read_ids
         from gsm_compose.report import report_json, report_markdown, write_report
 
         nothing = self.markdown is None and self.json_out is None
@@ -422,7 +422,7 @@ def _ratio(text: str) -> Fraction:
 
 
 def _row_ids(given: Sequence[str], problems: Sequence[Problem]) -> list[str]:
-    from gsm_compose.listing import find_row, read_ids
+    from gsm_compose.commands.listing import find_row, read_ids
 
     return [find_row(identity, problems).id for identity in read_ids(given)]
 

@@ -280,4 +280,4 @@ def _kept(asked: Sequence[Question], found: Mapping[str, Answer], out: str | Pat
     state = f"{done} of {len(asked)} prompts were answered"
     if out is None:
         return f"{state} and are lost; with out=<file> the next call would go on from there."
-    return f"{state} and are in {out}; call evaluate again in the same way to ask only the rest."
+    return f"{state} and are in {out}; the same call or command again asks only the rest."

@@ -89,22 +89,19 @@ def literals(expression: Expression) -> Iterator[Literal]:
 
 def addends(expression: Expression) -> Iterator[int]:
     """How many terms each sum within an expression adds up: ``(a+b+c)/2+d`` gives 2 and 3."""
-    match expression:
+    terms = 1
+    rest = expression
+    while isinstance(rest, Operation) and rest.operator == "+":
+        yield from addends(rest.right)
+        terms, rest = terms + 1, rest.left
+    match rest:
         case Negation(operand):
             yield from addends(operand)
-        case Operation(operator, left, right):
-            terms = 1
-            while operator == "+":
-                yield from addends(right)
-                terms += 1
-                if not (isinstance(left, Operation) and left.operator == "+"):
-                    break
-                left, right = left.left, left.right
-            else:
-                yield from addends(right)
+        case Operation(_, left, right):
             yield from addends(left)
-            if terms > 1:
-                yield terms
+            yield from addends(right)
+    if terms > 1:
+        yield terms
 
 
 def divisors(expression: Expression) -> Iterator[Literal]:

@@ -228,7 +228,7 @@ def gap_report(
             given = [labels[of.c1] for labels in clusters]
             found["cf_given_c1"] = clustered_rate(of.cf[of.c1], given, level)
         for name, estimate in multiway_estimates(_columns(of), _gaps, clusters).items():
-            found[name] = None if estimate is None else estimate.interval(level)
+            found[name] = None if estimate is None else _within(name, estimate.interval(level))
         return found
 
     every = intervals(outcomes)
@@ -322,6 +322,12 @@ def _both(m: Columns) -> dict[str, Any]:
         "lucky": m["cf"] - m["right"],
     }
     return rates | {name: m[name] for name in ("code", "original") if name in m} | _gaps(m)
+
+
+def _within(name: str, interval: Interval) -> Interval:
+    """The interval without what no benchmark can show: differences of rates lie within ±1."""
+    highest = np.inf if name in ("relative", "code_relative") else 1.0
+    return Interval(interval.value, max(interval.low, -1.0), min(interval.high, highest))
 
 
 def _present(found: Mapping[str, Interval | None], name: str) -> Interval:

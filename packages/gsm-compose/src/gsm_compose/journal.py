@@ -212,8 +212,8 @@ class Journal:
             name = different[0]
             raise EvaluationError(
                 f"out: {self.path} holds answers of another run: expected {name} "
-                f"{head[name]!r}, got {found.get(name)!r}. Give another file, or call evaluate as "
-                "that run did."
+                f"{head[name]!r}, got {found.get(name)!r}. Give another file, or the "
+                "settings of that run."
             )
         os.ftruncate(self._file, content.rindex(b"\n") + 1)
         return answers

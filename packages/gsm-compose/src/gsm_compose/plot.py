@@ -52,7 +52,8 @@ _STYLE: Final[dict[str, Any]] = {
 }
 _WIDTH: Final = 3.5  # inches: a phone's screen, at the size of its text
 _LONGEST_NAME: Final = 38
-_LETTER: Final = 0.0235  # width of a letter, as a share of that of a square figure's axis
+_LINE: Final = 0.075  # height of a line and width of a letter,
+_LETTER: Final = 0.0235  # as shares of a square figure's axis
 
 _P = ParamSpec("_P")
 Reports = Mapping[str, GapReport]
@@ -286,25 +287,26 @@ def _name_dots(
     """Names beside the dots, away from the diagonal where there is room, and apart."""
     low, high = limits
     width = high - low
-    lowest = {"left": low, "right": low}  # above the names that stand on this side already
-    for place in sorted(range(len(names)), key=lambda i: up[i].value):
+    order = sorted(range(len(names)), key=lambda i: up[i].value)
+    wanted, placed = [], []
+    for place in order:
         name = _shortened(names[place], 20)
         x, y = 100 * across[place].value, 100 * up[place].value
         left, right = 100 * across[place].low, 100 * across[place].high
         need, aside = width * _LETTER * len(name), 0.035 * width
         fits = {"right": right + aside + need < high, "left": left - aside - need > low}
-        wanted = "right" if y <= x else "left"
-        other = "left" if wanted == "right" else "right"
-        side = wanted if fits[wanted] or not fits[other] else other
-        at = max(y, lowest[side])
+        first, second = ("right", "left") if y <= x else ("left", "right")
+        side = first if fits[first] or not fits[second] else second
         ends = {"right": min(right + aside, high - need), "left": max(left - aside, low + need)}
-        if not fits[side]:
-            at = max(at, y + 0.06 * width)  # above its own whisker
-        lowest[side] = at + 0.07 * width
+        # Where the name does not fit beside its whisker, it stands above.
+        wanted.append(y if fits[side] else y + 0.06 * width)
+        placed.append((name, (x, y), side, ends[side]))
+    heights = _spread(wanted, low, high, _LINE * width)
+    for (name, dot, side, end), at in zip(placed, heights, strict=True):
         axis.annotate(
             name,
-            (x, y),
-            (ends[side], at),
+            dot,
+            (end, at),
             fontsize=9,
             ha="left" if side == "right" else "right",
             va="center",
@@ -312,6 +314,19 @@ def _name_dots(
             zorder=2,
             arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.6},
         )
+
+
+def _spread(wanted: Sequence[float], low: float, high: float, gap: float) -> list[float]:
+    """Heights near those wanted, `gap` apart and between the limits if there is room."""
+    found: list[float] = []
+    for height in sorted(wanted):
+        found.append(max(height, found[-1] + gap if found else low + gap / 2))
+    ceiling = high - gap / 2
+    for place in reversed(range(len(found))):
+        found[place] = min(found[place], ceiling)
+        ceiling = found[place] - gap
+    ranks = sorted(range(len(wanted)), key=wanted.__getitem__)
+    return [height for _, height in sorted(zip(ranks, found, strict=True))]
 
 
 def _check(reports: Reports, most: int | None = None) -> None:
@@ -343,7 +358,7 @@ def _write(axis: Axes, y: float, text: str, numbers: str = "", *, quiet: bool = 
         y,
         text,
         transform=place,
-        fontsize=9 if quiet else 9.5,
+        fontsize=8.5 if quiet else 9.5,
         color=MUTED if quiet else INK,
         va="center",
         bbox=_BEHIND,

@@ -56,7 +56,7 @@ READING_GUIDE: Final = (
     "missing (below zero) or what comes on top (above).",
     "A model that solves the easy items of both kinds can exceed S1·S2 without any skill at "
     "composing. The paired Δ compares with the items whose two questions were both solved alone. "
-    "Where the two disagree, trust the paired one.",
+    "It does not have this flaw, and is the one to look at where the two disagree.",
     "An interval that holds zero does not show that there is no gap, only that these items do not "
     "tell. Items that share a question are not independent, and the intervals allow for that.",
 )

@@ -78,8 +78,8 @@ class Results:
             if missing:
                 raise EvaluationError(
                     f"{condition}: expected answers to all {len(self.benchmark)} items, "
-                    f"{missing} are missing. If the evaluation was cut short, call evaluate again "
-                    "with the same arguments and the same out=."
+                    f"{missing} are missing. If the evaluation was cut short, run it again "
+                    "with the same settings and the same file of answers."
                 )
             if answered > len(self.benchmark):
                 raise EvaluationError(

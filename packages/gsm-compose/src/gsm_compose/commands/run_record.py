@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
-from gsm_compose.engines import Engine, Sampling
+from gsm_compose.commands.engines import Engine, Sampling
 from gsm_compose.errors import UsageError
 from gsm_compose.writing import write_text
 

@@ -1,0 +1,1 @@
+"""What the command line does, one module a concern; `gsm_compose.cli` puts them together."""

@@ -20,8 +20,8 @@ from typing import Any
 from record import write
 
 from gsm_compose.building import build_benchmark
+from gsm_compose.engine.problems import load_gsm8k
 from gsm_compose.errors import ProgramError
-from gsm_compose.problems import load_gsm8k
 from gsm_compose.verify import symbolic_audit
 
 RESULT = Path(__file__).parent / "results" / "build.json"

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from gsm_compose.problems import Problem, load_gsm8k
-from gsm_compose.rules import DEFAULT_RULES
-from gsm_compose.slots import Slot, candidates, explain
-from gsm_compose.value_rules import VALUE_RULES, reject_values
+from gsm_compose.engine.problems import Problem, load_gsm8k
+from gsm_compose.engine.rules import DEFAULT_RULES
+from gsm_compose.engine.slots import Slot, candidates, explain
+from gsm_compose.engine.value_rules import VALUE_RULES, reject_values
 
 FOLDER = Path(__file__).parents[1] / "audit"
 NAMES = {rule.name for rule in DEFAULT_RULES} | {rule.name for rule in VALUE_RULES}

@@ -12,12 +12,12 @@ import pytest
 
 from gsm_compose.benchmark import Benchmark
 from gsm_compose.building import build_benchmark, compose
+from gsm_compose.engine.problems import Problem, load_gsm8k
+from gsm_compose.engine.rewriting import show_number
+from gsm_compose.engine.slots import candidates, find_slots
 from gsm_compose.errors import GSMComposeError, RejectedCompositionError, TooFewPairsError
 from gsm_compose.items import Item
-from gsm_compose.problems import Problem, load_gsm8k
-from gsm_compose.rewriting import show_number
 from gsm_compose.sandbox import works
-from gsm_compose.slots import candidates, find_slots
 from gsm_compose.verify import composition_program, execute_program, symbolic_audit
 
 
@@ -83,7 +83,7 @@ def test_other_shapes_pass_the_audit_too(rows: list[Problem], options: dict[str,
 def test_the_same_seed_gives_the_same_bytes_in_any_process(tmp_path: Path) -> None:
     code = (
         "import sys; from gsm_compose.building import build_benchmark\n"
-        "from gsm_compose.problems import load_gsm8k\n"
+        "from gsm_compose.engine.problems import load_gsm8k\n"
         "build_benchmark(load_gsm8k('test')[:100], n=20, seed=5).to_jsonl(sys.argv[1])"
     )
     contents = []

@@ -24,8 +24,8 @@ import pytest
 from gsm_compose.benchmark import Benchmark
 from gsm_compose.building import build_benchmark
 from gsm_compose.cli import main
+from gsm_compose.engine.problems import load_gsm8k
 from gsm_compose.journal import questions
-from gsm_compose.problems import load_gsm8k
 from gsm_compose.prompts import PromptSpec
 from gsm_compose.results import Results
 
@@ -268,7 +268,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(rows: Path) -> None:
 def test_audit_of_rows_counts_what_the_library_counts(
     call: Callable[..., Done], rows: Path
 ) -> None:
-    from gsm_compose.yields import count_yields
+    from gsm_compose.engine.yields import count_yields
 
     found = count_yields(load_gsm8k(rows))
     done = call("audit", "--source", rows)

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gsm_compose.errors import ExpressionError
-from gsm_compose.expressions import (
+from gsm_compose.engine.expressions import (
     Expression,
     Literal,
     Negation,
@@ -19,6 +18,7 @@ from gsm_compose.expressions import (
     literals,
     parse,
 )
+from gsm_compose.errors import ExpressionError
 
 
 @pytest.mark.parametrize(

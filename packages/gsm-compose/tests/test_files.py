@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from gsm_compose.benchmark import CANARY, Benchmark
+from gsm_compose.engine.problems import load_gsm8k
 from gsm_compose.errors import BenchmarkFormatError, ProgramError, SourceFormatError
-from gsm_compose.problems import load_gsm8k
 
 ROW = {
     "question": "Ana has 2 hens and 3 ducks. How many birds?",

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gsm_compose.mentions import find_mentions
-from gsm_compose.problems import load_gsm8k
-from gsm_compose.slots import candidates, find_slots
+from gsm_compose.engine.mentions import find_mentions
+from gsm_compose.engine.problems import load_gsm8k
+from gsm_compose.engine.slots import candidates, find_slots
 
 
 def kinds(text: str) -> dict[str, str]:

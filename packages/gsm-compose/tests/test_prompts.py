@@ -19,10 +19,12 @@ from pathlib import Path
 
 import pytest
 
+from gsm_compose.engine.problems import load_gsm8k
+from gsm_compose.engine.slots import find_slots
+from gsm_compose.engine.substitution import linked_hop
 from gsm_compose.errors import PromptError
 from gsm_compose.exemplars import Exemplar, exemplar_problems, exemplars
 from gsm_compose.items import Hop, Item, Link
-from gsm_compose.problems import load_gsm8k
 from gsm_compose.prompts import (
     CONDITIONS,
     MAX_SHOTS,
@@ -33,8 +35,6 @@ from gsm_compose.prompts import (
     stop_sequences,
     style_of,
 )
-from gsm_compose.slots import find_slots
-from gsm_compose.substitution import linked_hop
 
 GOLDEN = Path(__file__).parent / "golden"
 SPECS = {

@@ -14,9 +14,9 @@ import pytest
 
 from gsm_compose.benchmark import Benchmark
 from gsm_compose.building import build_benchmark
+from gsm_compose.engine.problems import load_gsm8k
 from gsm_compose.errors import EvaluationError
 from gsm_compose.evaluation import evaluate
-from gsm_compose.problems import load_gsm8k
 from gsm_compose.prompts import Prompt, PromptSpec
 from gsm_compose.report import report_json, report_markdown, write_report
 from gsm_compose.results import Results, best_of

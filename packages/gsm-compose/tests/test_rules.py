@@ -6,13 +6,13 @@ from fractions import Fraction
 
 import pytest
 
-from gsm_compose.doubtful import doubtful_rows
+from gsm_compose.engine.doubtful import doubtful_rows
+from gsm_compose.engine.problems import Problem, load_gsm8k
+from gsm_compose.engine.program import Program
+from gsm_compose.engine.rules import DEFAULT_RULES
+from gsm_compose.engine.slots import Slot, candidates, explain, find_slots
+from gsm_compose.engine.value_rules import reject_values
 from gsm_compose.errors import ProgramError
-from gsm_compose.problems import Problem, load_gsm8k
-from gsm_compose.program import Program
-from gsm_compose.rules import DEFAULT_RULES
-from gsm_compose.slots import Slot, candidates, explain, find_slots
-from gsm_compose.value_rules import reject_values
 
 BY_NAME = {rule.name: rule for rule in DEFAULT_RULES}
 

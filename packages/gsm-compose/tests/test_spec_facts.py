@@ -10,11 +10,11 @@ from importlib.resources import files
 import pytest
 
 from gsm_compose.building import compose
+from gsm_compose.engine.problems import Problem, load_gsm8k
+from gsm_compose.engine.slots import Slot, candidates, explain
+from gsm_compose.engine.value_rules import reject_values
+from gsm_compose.engine.yields import count_yields
 from gsm_compose.errors import ProgramError, RejectedCompositionError
-from gsm_compose.problems import Problem, load_gsm8k
-from gsm_compose.slots import Slot, candidates, explain
-from gsm_compose.value_rules import reject_values
-from gsm_compose.yields import count_yields
 
 
 @pytest.fixture(scope="module")

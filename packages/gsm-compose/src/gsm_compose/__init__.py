@@ -26,40 +26,40 @@ if TYPE_CHECKING:
     )
     from gsm_compose.benchmark import CANARY, Benchmark
     from gsm_compose.building import build_benchmark, compose
-    from gsm_compose.doubtful import doubtful_rows
+    from gsm_compose.engine.doubtful import doubtful_rows
+    from gsm_compose.engine.problems import Problem, load_gsm8k
+    from gsm_compose.engine.program import Program
+    from gsm_compose.engine.rules import DEFAULT_RULES, Rule
+    from gsm_compose.engine.slots import Slot, candidates, explain, find_slots
+    from gsm_compose.engine.value_rules import VALUE_RULES, reject_values
+    from gsm_compose.engine.yields import count_yields
     from gsm_compose.errors import GSMComposeError
     from gsm_compose.evaluation import evaluate
     from gsm_compose.exemplars import exemplar_problems
     from gsm_compose.gap import GapReport, gap_report
     from gsm_compose.items import Hop, Item, Link
     from gsm_compose.outcomes import Outcomes
-    from gsm_compose.problems import Problem, load_gsm8k
-    from gsm_compose.program import Program
     from gsm_compose.prompts import PromptSpec, render, stop_sequences
     from gsm_compose.results import Response, Results, best_of
-    from gsm_compose.rules import DEFAULT_RULES, Rule
-    from gsm_compose.slots import Slot, candidates, explain, find_slots
-    from gsm_compose.value_rules import VALUE_RULES, reject_values
-    from gsm_compose.yields import count_yields
 
 _HOMES = {
     "benchmark": ("CANARY", "Benchmark"),
     "building": ("build_benchmark", "compose"),
-    "doubtful": ("doubtful_rows",),
+    "engine.doubtful": ("doubtful_rows",),
+    "engine.problems": ("Problem", "load_gsm8k"),
+    "engine.program": ("Program",),
+    "engine.rules": ("DEFAULT_RULES", "Rule"),
+    "engine.slots": ("Slot", "candidates", "explain", "find_slots"),
+    "engine.value_rules": ("VALUE_RULES", "reject_values"),
+    "engine.yields": ("count_yields",),
     "errors": ("GSMComposeError",),
     "evaluation": ("evaluate",),
     "exemplars": ("exemplar_problems",),
     "gap": ("GapReport", "gap_report"),
     "items": ("Hop", "Item", "Link"),
     "outcomes": ("Outcomes",),
-    "problems": ("Problem", "load_gsm8k"),
-    "program": ("Program",),
     "prompts": ("PromptSpec", "render", "stop_sequences"),
     "results": ("Response", "Results", "best_of"),
-    "rules": ("DEFAULT_RULES", "Rule"),
-    "slots": ("Slot", "candidates", "explain", "find_slots"),
-    "value_rules": ("VALUE_RULES", "reject_values"),
-    "yields": ("count_yields",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 _MODULES = (

@@ -18,15 +18,15 @@ from typing import Any, Final
 
 from gsm_compose.balancing import rebalance
 from gsm_compose.benchmark import Benchmark
-from gsm_compose.doubtful import doubtful_rows
+from gsm_compose.engine.doubtful import doubtful_rows
+from gsm_compose.engine.problems import Problem
+from gsm_compose.engine.slots import Slot, explain, find_slots
+from gsm_compose.engine.substitution import linked_hop, plain_hop
+from gsm_compose.engine.value_rules import attempt, reject_values
 from gsm_compose.errors import GSMComposeError, RejectedCompositionError, TooFewPairsError
 from gsm_compose.exemplars import exemplar_problems
 from gsm_compose.items import SYMBOLS, Hop, Item, Shape
 from gsm_compose.matching import draw, maximum_matching, shuffled
-from gsm_compose.problems import Problem
-from gsm_compose.slots import Slot, explain, find_slots
-from gsm_compose.substitution import linked_hop, plain_hop
-from gsm_compose.value_rules import attempt, reject_values
 
 _FIRST_EDGES: Final = 50
 _MOST_REUSE: Final = 16
@@ -95,8 +95,8 @@ def build_benchmark(
         seed: same seed and problems, same benchmark, byte for byte.
         shape: ``"chain"``, or ``"fan_in"``: two answers into one question.
         reverse: present the questions in reverse order, the dependent one first.
-        exclude: ids of problems to leave out besides the rows of `gsm_compose.doubtful` and those
-            that the prompts show as examples.
+        exclude: ids of problems to leave out besides the rows of `gsm_compose.engine.doubtful` and
+            those that the prompts show as examples.
 
     Raises:
         TooFewPairsError: there are not `n` such items; the message has the largest number.

@@ -19,16 +19,16 @@ import tyro
 
 from gsm_compose.benchmark import Benchmark
 from gsm_compose.commands.engines import Engine, Sampling, Server
-from gsm_compose.errors import EvaluationError, GSMComposeError, MissingExtraError, UsageError
 from gsm_compose.commands.formats import Asking, Format, export_folder, spec_of
+from gsm_compose.commands.steps import steps
+from gsm_compose.errors import EvaluationError, GSMComposeError, MissingExtraError, UsageError
 from gsm_compose.items import Shape
 from gsm_compose.prompts import CONDITIONS, Condition, PromptSpec, Style
 from gsm_compose.sandbox import Isolation
-from gsm_compose.commands.steps import steps
 from gsm_compose.writing import write_text
 
 if TYPE_CHECKING:
-    from gsm_compose.problems import Problem
+    from gsm_compose.engine.problems import Problem
 
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 _PAPER: Final[tuple[Condition, ...]] = ("original", "modified", "compositional")
@@ -48,7 +48,7 @@ class Rows:
 
     def load(self, split: Split = "test") -> list[Problem]:
         """The rows; those of the given split if the options say nothing."""
-        from gsm_compose.problems import load_gsm8k
+        from gsm_compose.engine.problems import load_gsm8k
 
         if self.source is None:
             return load_gsm8k(split=self.split or split)
@@ -168,7 +168,7 @@ class Audit:
 
     def _yields(self) -> int:
         from gsm_compose.commands.listing import yields_text
-        from gsm_compose.yields import count_yields
+        from gsm_compose.engine.yields import count_yields
 
         with steps() as step:
             step("reading rows")

@@ -41,13 +41,13 @@ from gsm_compose import exhibits
 from gsm_compose.benchmark import Benchmark
 from gsm_compose.building import build_benchmark
 from gsm_compose.describe import benchmark_stats
+from gsm_compose.engine.problems import load_gsm8k
+from gsm_compose.engine.slots import candidates
+from gsm_compose.engine.yields import count_yields
 from gsm_compose.errors import MissingExtraError
 from gsm_compose.learning import findings as learning
-from gsm_compose.problems import load_gsm8k
 from gsm_compose.recovery import REASONERS, recover
-from gsm_compose.slots import candidates
 from gsm_compose.verify import symbolic_audit
-from gsm_compose.yields import count_yields
 
 if TYPE_CHECKING:
     from decapod.jobs import Job, JobResult

@@ -14,12 +14,12 @@ from fractions import Fraction
 from typing import Any
 
 from gsm_compose.benchmark import Benchmark
+from gsm_compose.engine.problems import Problem
+from gsm_compose.engine.program import Program
+from gsm_compose.engine.slots import Slot, candidates, explain
 from gsm_compose.errors import GSMComposeError, ProgramError
 from gsm_compose.items import Hop, Item
-from gsm_compose.problems import Problem
-from gsm_compose.program import Program
 from gsm_compose.sandbox import Isolation, Limits, run_code, run_many
-from gsm_compose.slots import Slot, candidates, explain
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from typing import Final
 from gsm_compose import journal
 from gsm_compose.benchmark import Benchmark
 from gsm_compose.commands.engines import Engine, Sampling, Server, load
+from gsm_compose.commands.run_record import check_record, write_record
 from gsm_compose.errors import UsageError
 from gsm_compose.evaluation import PAPER, evaluate
 from gsm_compose.prompts import Condition, PromptSpec
 from gsm_compose.results import Results
-from gsm_compose.commands.run_record import check_record, write_record
 from gsm_compose.sandbox import Isolation
 
 _NOT_IN_NAMES: Final = re.compile(r"[^\w.=,-]+")

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from gsm_compose.benchmark import Benchmark
+from gsm_compose.engine.problems import Problem
+from gsm_compose.engine.slots import Slot, explain
+from gsm_compose.engine.yields import Yields
 from gsm_compose.errors import ProgramError, UsageError
-from gsm_compose.problems import Problem
-from gsm_compose.slots import Slot, explain
 from gsm_compose.tables import TextTable
 from gsm_compose.verify import Audit
-from gsm_compose.yields import Yields
 
 _ROW: Final = re.compile(r"gsm8k/(train|test)/\d+")  # never taken for the name of a file
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gsm_compose.expressions import Exact, evaluate
-from gsm_compose.program import Leaf, Program
+from gsm_compose.engine.expressions import Exact, evaluate
+from gsm_compose.engine.program import Leaf, Program
 
 
 @dataclass(frozen=True)

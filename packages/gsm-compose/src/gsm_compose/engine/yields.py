@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gsm_compose.engine.problems import Problem
+from gsm_compose.engine.program import ANNOTATION, Program
+from gsm_compose.engine.rules import DEFAULT_RULES, Rule
+from gsm_compose.engine.slots import candidates
 from gsm_compose.errors import ProgramError
-from gsm_compose.problems import Problem
-from gsm_compose.program import ANNOTATION, Program
-from gsm_compose.rules import DEFAULT_RULES, Rule
-from gsm_compose.slots import candidates
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import Final
 
-from gsm_compose.expressions import number
-from gsm_compose.problems import Problem
-from gsm_compose.program import ANNOTATION
+from gsm_compose.engine.expressions import number
+from gsm_compose.engine.problems import Problem
+from gsm_compose.engine.program import ANNOTATION
 
 NUMBER: Final = re.compile(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?(?!\d)|\d+(?:\.\d+)?|\.\d+")
 _MARK: Final = "\x00"  # stands for an annotation among tokens

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
+from gsm_compose.engine.expressions import Exact
+from gsm_compose.engine.problems import Problem
+from gsm_compose.engine.program import Leaf, Program
+from gsm_compose.engine.recomputation import recompute
+from gsm_compose.engine.rewriting import python_source, rewrite_solution
+from gsm_compose.engine.slots import Slot
 from gsm_compose.errors import ProgramError, RejectedCompositionError
-from gsm_compose.expressions import Exact
 from gsm_compose.items import Hop, Link
-from gsm_compose.problems import Problem
-from gsm_compose.program import Leaf, Program
-from gsm_compose.recomputation import recompute
-from gsm_compose.rewriting import python_source, rewrite_solution
-from gsm_compose.slots import Slot
 
 
 def plain_hop(problem: Problem) -> Hop:

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final
 
-from gsm_compose import prose, wording
-from gsm_compose.constants import ALWAYS, implied, strongly_implied
-from gsm_compose.doubtful import doubtful_rows
+from gsm_compose.engine import prose, wording
+from gsm_compose.engine.constants import ALWAYS, implied, strongly_implied
+from gsm_compose.engine.doubtful import doubtful_rows
+from gsm_compose.engine.expressions import Literal, addends, divisors
+from gsm_compose.engine.program import Leaf, Program
+from gsm_compose.engine.slots import Slot
 from gsm_compose.errors import ExpressionError, ProgramError
-from gsm_compose.expressions import Literal, addends, divisors
-from gsm_compose.program import Leaf, Program
-from gsm_compose.slots import Slot
 
 
 @dataclass(frozen=True)

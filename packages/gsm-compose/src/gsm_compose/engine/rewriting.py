@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Final
 
-from gsm_compose.expressions import Exact, Expression, Literal, Negation, Operation
-from gsm_compose.program import ANNOTATION, Leaf, Program
-from gsm_compose.recomputation import Recomputed
+from gsm_compose.engine.expressions import Exact, Expression, Literal, Negation, Operation
+from gsm_compose.engine.program import ANNOTATION, Leaf, Program
+from gsm_compose.engine.recomputation import Recomputed
 
 # --- in words -------------------------------------------------------------------------------------
 

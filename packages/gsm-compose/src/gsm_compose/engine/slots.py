@@ -8,14 +8,14 @@ from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from gsm_compose.constants import ALWAYS, strongly_implied
+from gsm_compose.engine.constants import ALWAYS, strongly_implied
+from gsm_compose.engine.mentions import Mention
+from gsm_compose.engine.problems import Problem
+from gsm_compose.engine.program import Leaf, Program
 from gsm_compose.errors import ProgramError
-from gsm_compose.mentions import Mention
-from gsm_compose.problems import Problem
-from gsm_compose.program import Leaf, Program
 
 if TYPE_CHECKING:
-    from gsm_compose.rules import Rule
+    from gsm_compose.engine.rules import Rule
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ def find_slots(problem: Problem, rules: Sequence[Rule] | None = None) -> list[Sl
 
     Args:
         problem: a row of GSM8K. One without a program has no slots.
-        rules: None: `gsm_compose.rules.DEFAULT_RULES`.
+        rules: None: `gsm_compose.engine.rules.DEFAULT_RULES`.
     """
-    from gsm_compose.rules import DEFAULT_RULES
+    from gsm_compose.engine.rules import DEFAULT_RULES
 
     rules = DEFAULT_RULES if rules is None else rules
     return [
@@ -103,7 +103,7 @@ def explain(slot: Slot, rules: Sequence[Rule] | None = None) -> list[str]:
 
     An empty list means that the number is an accepted slot.
     """
-    from gsm_compose.rules import DEFAULT_RULES
+    from gsm_compose.engine.rules import DEFAULT_RULES
 
     if slot.program is None:
         try:

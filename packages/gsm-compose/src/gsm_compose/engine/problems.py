@@ -12,12 +12,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
+from gsm_compose.engine.expressions import number
 from gsm_compose.errors import SourceFormatError
-from gsm_compose.expressions import number
 
 if TYPE_CHECKING:
-    from gsm_compose.mentions import Mention
-    from gsm_compose.program import Program
+    from gsm_compose.engine.mentions import Mention
+    from gsm_compose.engine.program import Program
 
 Split = Literal["train", "test"]
 _FINAL: Final = re.compile(r"####\s*\$?\s*([-−]?\d[\d,]*(?:\.\d+)?)\s*$")
@@ -48,14 +48,14 @@ class Problem:
         Raises:
             ProgramError: the solution has no usable annotations; the message says why.
         """
-        from gsm_compose.program import Program
+        from gsm_compose.engine.program import Program
 
         return Program.from_solution(self.solution, self.final)
 
     @cached_property
     def mentions(self) -> tuple[Mention, ...]:
         """Every number that the question states, in digits or words, in the order of the text."""
-        from gsm_compose.mentions import find_mentions
+        from gsm_compose.engine.mentions import find_mentions
 
         return tuple(find_mentions(self.question))
 

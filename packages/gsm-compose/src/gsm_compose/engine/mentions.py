@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final, Literal
 
-from gsm_compose.expressions import number
+from gsm_compose.engine.expressions import number
 
 Kind = Literal[
     "whole",  # plain digits, perhaps with thousands commas

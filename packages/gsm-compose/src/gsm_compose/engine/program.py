@@ -19,11 +19,11 @@ from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
+from gsm_compose.engine.expressions import Exact, Expression, Literal, evaluate, literals, parse
 from gsm_compose.errors import ExpressionError, ProgramError
-from gsm_compose.expressions import Exact, Expression, Literal, evaluate, literals, parse
 
 if TYPE_CHECKING:
-    from gsm_compose.slots import Slot
+    from gsm_compose.engine.slots import Slot
 
 ANNOTATION: Final = re.compile(r"<<([^<>]*)>>")
 _MOST_COMBINATIONS: Final = 4096

@@ -1,8 +1,8 @@
 """Why a value may not stand in the place of a number that may be replaced.
 
-The rules for numbers (`gsm_compose.rules`) ask whether the arithmetic follows; these ask whether
-the story does: nothing that was whole becomes a fraction, nothing that was there becomes negative,
-and magnitudes stay credible.
+The rules for numbers (`gsm_compose.engine.rules`) ask whether the arithmetic follows; these ask
+whether the story does: nothing that was whole becomes a fraction, nothing that was there becomes
+negative, and magnitudes stay credible.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Final
 
-from gsm_compose import wording
+from gsm_compose.engine import wording
+from gsm_compose.engine.expressions import Exact
+from gsm_compose.engine.program import Leaf
+from gsm_compose.engine.recomputation import Recomputed, recompute
+from gsm_compose.engine.slots import Slot
 from gsm_compose.errors import ExpressionError
-from gsm_compose.expressions import Exact
-from gsm_compose.program import Leaf
-from gsm_compose.recomputation import Recomputed, recompute
-from gsm_compose.slots import Slot
 
 _OLDEST: Final = 110
 _WIDEST: Final = 10  # X and the number it replaces differ by at most this factor

@@ -218,7 +218,7 @@ def test_a_model_that_dies_in_the_middle_loses_nothing(
         out.unlink(missing_ok=True)
         with pytest.raises(
             EvaluationError,
-            match=rf"ConnectionError: endpoint went away\. {answered} of 9 .*out\.jsonl; the same call",
+            match=rf"ConnectionError: endpoint went away\. {answered} of 9 .*out\.jsonl; the same",
         ) as caught:
             evaluate(benchmark, model, spec=ZERO_SHOT, batch_size=2, out=out, progress=False)
         assert isinstance(caught.value.__cause__, ConnectionError)

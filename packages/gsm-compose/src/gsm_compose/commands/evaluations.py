@@ -121,7 +121,10 @@ def collect(file: Path, answers: Sequence[Path]) -> dict[str, Results]:
             the benchmark.
     """
     if not answers:
-        raise UsageError("answers: expected at least one file, got none.")
+        raise UsageError(
+            "answers: expected at least one file of answers after that of the benchmark, got none: "
+            "gsm-compose report BENCHMARK ANSWERS"
+        )
     if len({path.resolve() for path in (file, *answers)}) <= len(answers):
         raise UsageError("answers: expected every file once, got one of them twice.")
     benchmark = Benchmark.from_jsonl(file)

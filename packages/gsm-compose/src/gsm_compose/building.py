@@ -99,7 +99,8 @@ def build_benchmark(
             those that the prompts show as examples.
 
     Raises:
-        TooFewPairsError: there are not `n` such items; the message has the largest number.
+        TooFewPairsError: there are not `n` such items; the message has the number found, which for
+            two-hop chains is the largest there is.
         GSMComposeError: an argument is out of range, or an excluded id is not there.
     """
     _check(problems, n, hops, ratio, max_reuse, shape, exclude)
@@ -119,9 +120,9 @@ def build_benchmark(
             break
     if len(found) < n:
         raise TooFewPairsError(
-            f"n: asked for {n} items with {hops if shape == 'chain' else 3} hops, at most {most} "
-            f"can be built with max_reuse={reuse}. Ask for fewer, allow more reuse, or widen the "
-            "ratio."
+            f"n: asked for {n} items with {hops if shape == 'chain' else 3} hops, "
+            f"{'at most' if hops == 2 and shape == 'chain' else 'found'} {most} with "
+            f"max_reuse={reuse}. Ask for fewer, allow more reuse, or widen the ratio."
         )
     order = tuple(range(len(found[0].hops)))
     items = tuple(
@@ -221,7 +222,8 @@ class _Builder:
         left = [reuse] * len(self.seconds)
         for hop in range(1, hops):
             # A later hop loses some chains; taking all would leave it no questions.
-            chains = self._extend(chains, left, hop, n if hop == hops - 1 else n + n // 2 + 20)
+            share = min(n + n // 2 + 20, sum(left) // (hops - hop))
+            chains = self._extend(chains, left, hop, n if hop == hops - 1 else share)
         return [self._item(chain) for chain in chains[:n]]
 
     def _extend(self, chains: list[_Chain], left: list[int], hop: int, n: int) -> list[_Chain]:

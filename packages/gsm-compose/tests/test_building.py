@@ -107,7 +107,9 @@ def test_an_excluded_row_is_not_used(rows: list[Problem], pairs: Benchmark) -> N
 
 
 def test_asking_for_too_many_says_how_many_there_are(rows: list[Problem]) -> None:
-    with pytest.raises(TooFewPairsError, match=r"asked for 500 items with 2 hops, at most \d+ with"):
+    with pytest.raises(
+        TooFewPairsError, match=r"asked for 500 items with 2 hops, at most \d+ with"
+    ):
         build_benchmark(rows, n=500)
     with pytest.raises(TooFewPairsError, match="max_reuse=1"):
         build_benchmark(rows, n=230, max_reuse=1)

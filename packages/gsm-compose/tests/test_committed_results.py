@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from gsm_compose.building import build_benchmark
+from gsm_compose.engine.problems import load_gsm8k
 
 PACKAGE = Path(__file__).parents[1]
 OUTCOME = PACKAGE / "experiments" / "standard" / "gsm-compose" / "outcome.json"
@@ -74,10 +78,7 @@ def test_committed_evidence_follows_from_the_committed_jobs_with_todays_code(out
         )
 
 
-def test_todays_builder_makes_the_committed_benchmark(outcome: Any) -> None:
-    from gsm_compose.building import build_benchmark
-    from gsm_compose.engine.problems import load_gsm8k
-
+def test_todays_builder_makes_the_benchmark_of_the_committed_results(tmp_path: Path) -> None:
     pytest.importorskip("decapod")
     from decapod.jobs import Store
     from gsm_compose.reproduce import jobs
@@ -87,3 +88,7 @@ def test_todays_builder_makes_the_committed_benchmark(outcome: Any) -> None:
     benchmark = build_benchmark(load_gsm8k("test"), n=1200, seed=0)
     assert [item.x for item in benchmark] == built["first"]
     assert [item.gold for item in benchmark] == built["composed"]
+    benchmark.to_jsonl(tmp_path / "benchmark.jsonl")
+    timed = json.loads((PACKAGE / "bench" / "results" / "build.json").read_text(encoding="utf-8"))
+    digest = hashlib.sha256((tmp_path / "benchmark.jsonl").read_bytes()).hexdigest()
+    assert digest == timed["sha256"]

@@ -1,4 +1,4 @@
-"""The reasoning gap of arXiv 2410.01748 with intervals, and what it is made of (Section 2.3).
+"""The reasoning gap of arXiv 2410.01748 (eq. 1) with intervals, and what it is made of.
 
 With a = mean(c1), b = mean(cf | c1) and l = mean(cf and not c1), the gap Δ = S_comp − S1·S2 is
 

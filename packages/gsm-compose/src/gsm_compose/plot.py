@@ -107,7 +107,7 @@ def plot_gap(reports: Reports) -> Figure:
 def plot_decomposition(report: GapReport) -> Figure:
     """From the accuracy expected of a composition, S1·S2, step by step to the one measured.
 
-    Section 2.3 of arXiv 2410.01748 names the steps; see `gsm_compose.gap` for the identity.
+    Distraction and second hop are the paper's words; see `gsm_compose.gap` for the identity.
 
     Raises:
         MissingExtraError: matplotlib is not installed.

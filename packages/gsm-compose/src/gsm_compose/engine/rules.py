@@ -2,10 +2,9 @@
 
 Each rule is an object with a name, a sentence and a test; `DEFAULT_RULES` applies them all, in
 this order. They err on one side only: where the data flow cannot be told for sure, the number is
-left alone. The groups follow Section 3 of our method (see the documentation): how the number is
-written, what role it plays in the program, whether every way of resolving the program agrees,
-where the solution computes outside its annotations, and questions whose solution would take
-another course with another number.
+left alone. The groups are: how the number is written, what role it plays in the program, whether
+every way of resolving the program agrees, where the solution computes outside its annotations, and
+questions whose solution would take another course with another number.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ def compositional_gsm(
 
 @metric
 def reasoning_gap() -> Metric:
-    """Δ and paired Δ (Section 2 of arXiv 2410.01748), where all three conditions were asked.
+    """Δ (eq. 1 of arXiv 2410.01748) and paired Δ, where all three conditions were asked.
 
     Values are fractions, not points: ``delta`` = S_comp − S1·S2 and ``delta_paired`` =
     S_comp − mean(q1·q2) over items of two hops. None where a condition is missing. For intervals

@@ -104,7 +104,7 @@ def train_and_measure(
 
 
 def rates(measured: Measured) -> dict[str, float]:
-    """Shares of right answers, and Δ with its parts (Section 2.3 of the specification's identity).
+    """Shares of right answers, and Δ with its parts; see `gsm_compose.gap` for the identity.
 
     Δ = S_comp − S1·S2 = (a − S1)·S2 + a·(b − S2) + l, with a the share of compositions whose first
     answer is right, a·b that with both right, and l that with the final answer alone.

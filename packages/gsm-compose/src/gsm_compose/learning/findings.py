@@ -87,7 +87,7 @@ CLAIMS: Final = (
         id="learning-gap",
         statement="A small model trained from scratch on one-hop problems alone solves two-hop "
         "compositions less often than its one-hop accuracy predicts.",
-        source="Eq. 1 and Section 4 of the paper, at another scale",
+        source="Eq. 1 and Figures 1 and 3 of the paper, at another scale",
         arms=QUESTIONS["learning-gap"].points,
         metric="Δ = S_comp − S1·S2 after the first half of training",
         rule=Below(-_CLEAR),

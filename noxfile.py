@@ -175,6 +175,8 @@ def tests(session: nox.Session, package: str) -> None:
 def lowest(session: nox.Session, package: str) -> None:
     """The same tests on the lowest versions that the package declares."""
     words = only_if_chosen(session, package)
+    # Beforehand, because the lowest of the builds of one release of torch is the one for CUDA.
+    install(session, TORCH)
     checkout(session, package, "--resolution", "lowest-direct")
     session.run("pytest", str(PROJECTS[package] / "tests"), *words, env=QUIET)
 

@@ -12,7 +12,7 @@ from gsm_compose.benchmark import Benchmark
 from gsm_compose.engine.problems import Problem
 from gsm_compose.engine.slots import Slot, explain
 from gsm_compose.engine.yields import Yields
-from gsm_compose.errors import ProgramError, UsageError
+from gsm_compose.errors import UsageError
 from gsm_compose.tables import TextTable
 from gsm_compose.verify import Audit
 
@@ -60,12 +60,7 @@ def explanation(problem: Problem) -> dict[str, Any]:
         id, question, final, program (why there is none, or None), and numbers: text, start, kind,
         accepted, reasons.
     """
-    try:
-        problem.program  # noqa: B018 -- asked for its error
-    except ProgramError as error:
-        fault: str | None = str(error)
-    else:
-        fault = None
+    fault = problem.no_program
     numbers = []
     for mention in problem.mentions:
         reasons = explain(Slot(problem, mention))

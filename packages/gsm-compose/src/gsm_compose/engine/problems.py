@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from gsm_compose.engine.expressions import number
-from gsm_compose.errors import SourceFormatError
+from gsm_compose.errors import ProgramError, SourceFormatError
 
 if TYPE_CHECKING:
     from gsm_compose.engine.mentions import Mention
@@ -51,6 +51,15 @@ class Problem:
         from gsm_compose.engine.program import Program
 
         return Program.from_solution(self.solution, self.final)
+
+    @cached_property
+    def no_program(self) -> str | None:
+        """Why there is no program, or None where there is one."""
+        try:
+            _ = self.program
+        except ProgramError as error:
+            return str(error)
+        return None
 
     @cached_property
     def mentions(self) -> tuple[Mention, ...]:

@@ -12,7 +12,6 @@ from gsm_compose.engine.constants import ALWAYS, strongly_implied
 from gsm_compose.engine.mentions import Mention
 from gsm_compose.engine.problems import Problem
 from gsm_compose.engine.program import Leaf, Program
-from gsm_compose.errors import ProgramError
 
 if TYPE_CHECKING:
     from gsm_compose.engine.rules import Rule
@@ -53,10 +52,7 @@ class Slot:
     @cached_property
     def program(self) -> Program | None:
         """The problem's program, or None where it has none."""
-        try:
-            return self.problem.program
-        except ProgramError:
-            return None
+        return self.problem.program if self.problem.no_program is None else None
 
     @cached_property
     def leaves(self) -> tuple[Leaf, ...]:
@@ -105,10 +101,7 @@ def explain(slot: Slot, rules: Sequence[Rule] | None = None) -> list[str]:
     """
     from gsm_compose.engine.rules import DEFAULT_RULES
 
-    if slot.program is None:
-        try:
-            slot.problem.program  # noqa: B018 -- asked for the error, which says why
-        except ProgramError as error:
-            return [f"no program: {error}"]
+    if slot.problem.no_program is not None:
+        return [f"no program: {slot.problem.no_program}"]
     reasons = ((rule, rule.reason(slot)) for rule in (DEFAULT_RULES if rules is None else rules))
     return [f"{rule.name}: {reason}" for rule, reason in reasons if reason is not None]

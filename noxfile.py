@@ -1,7 +1,7 @@
 """Every check of this repository. `python -m nox -l` lists the sessions.
 
-Projects are the folders under `packages/` that hold a `pyproject.toml`; nothing about them is
-written here a second time. After `--`, the first words may name packages (import names); the rest
+Projects are the folders under `packages/` that hold a `pyproject.toml`, and `kernels/`; nothing
+about them is written here a second time. After `--`, the first words may name packages (import names); the rest
 goes to the tool of the session: `python -m nox -s tests -- hpreliability -k ranks`.
 """
 
@@ -25,9 +25,11 @@ nox.options.sessions = ["lint", "typing", "tests"]
 
 ROOT = Path(__file__).parent
 DIST = ROOT / "dist"
+# By import name, which is the one folder under `src/`.
 PROJECTS = {
-    path.parent.name.replace("-", "_"): path.parent
-    for path in sorted(ROOT.glob("packages/*/pyproject.toml"))
+    typed.parent.name: typed.parents[2]
+    for folder in ("packages/*", "kernels")
+    for typed in sorted(ROOT.glob(f"{folder}/src/*/py.typed"))
 }
 METADATA = {
     name: tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
@@ -155,7 +157,11 @@ def wheels(session: nox.Session) -> dict[str, Path]:
             "python", "-m", "build", "--installer", "uv", "--outdir", str(DIST), str(folder),
             silent=True, env=indexes(),
         )  # fmt: skip
-    return {name: next(DIST.glob(f"{name}-*.whl")) for name in PROJECTS}
+    distributions = {name: METADATA[name]["project"]["name"] for name in PROJECTS}
+    return {
+        name: next(DIST.glob(f"{distribution.replace('-', '_')}-*.whl"))
+        for name, distribution in distributions.items()
+    }
 
 
 # --- tests ----------------------------------------------------------------------------------------
@@ -188,7 +194,9 @@ def vllm(session: nox.Session) -> None:
     names = [n for n in names if "vllm" in METADATA[n]["project"].get("optional-dependencies", {})]
     arguments = editable("decapod", ["lm"])
     for name in names:
-        arguments += [*editable(name, []), *METADATA[name]["dependency-groups"]["test"]]
+        for project in (name, *siblings(name)):
+            arguments += editable(project, [])
+        arguments += METADATA[name]["dependency-groups"]["test"]
     install(session, VLLM, *arguments)
     # It brings CUDA builds of these, whose presence breaks every import of transformers.
     python = str(Path(session.bin) / "python")
@@ -205,6 +213,16 @@ def vllm(session: nox.Session) -> None:
         flags = ["-m", "vllm", "-W", "default"]
         tests_of = str(PROJECTS[name] / "tests")
         session.run("pytest", tests_of, *flags, *words, env={**QUIET, **settings})
+
+
+@nox.session(python=PYTHONS[0])
+def kernels(session: nox.Session) -> None:
+    """Kernel tests through Triton's interpreter, and natively as well where there is a GPU."""
+    install(session, *editable("decapod_kernels", []), "pytest>=8", "hypothesis>=6.100")
+    command = ("pytest", str(PROJECTS["decapod_kernels"] / "tests"), *session.posargs)
+    session.run(*command, env={**QUIET, "TRITON_INTERPRET": "1"})
+    if shutil.which("nvidia-smi"):
+        session.run(*command, env={**QUIET, "TRITON_INTERPRET": "0"})
 
 
 @nox.session(python=PYTHONS[0], reuse_venv=False)
@@ -303,7 +321,7 @@ def bench(session: nox.Session) -> None:
     """Benchmarks: each script writes JSON with machine, versions and commit beside itself."""
     names, words = chosen(session)
     for name in names:
-        scripts = sorted((PROJECTS[name] / "bench").glob("*.py"))
+        scripts = sorted(PROJECTS[name].glob("bench*/*.py"))
         if scripts:
             checkout(session, name)
         for script in scripts:

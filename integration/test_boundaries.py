@@ -14,7 +14,10 @@ from packaging.utils import canonicalize_name
 
 from conftest import ours
 
-HEAVY = ("torch", "matplotlib", "ray", "pandas", "polars", "pyarrow", "gymnasium", "optuna")
+HEAVY = (
+    *("torch", "triton", "transformers", "vllm", "matplotlib", "ray"),
+    *("pandas", "polars", "pyarrow", "gymnasium", "optuna"),
+)
 
 
 def modules(distribution: Distribution) -> list[Path]:
@@ -98,7 +101,8 @@ def test_what_the_top_level_import_loads_is_declared_without_any_extra(
 
 
 def test_libraries_never_name_one_another(distribution: Distribution) -> None:
-    names = {canonicalize_name(d.metadata["Name"]) for d in ours()} - {"decapod"}
+    shared = {"decapod", "decapod-kernels"}
+    names = {canonicalize_name(d.metadata["Name"]) for d in ours()} - shared
     others = names - {canonicalize_name(distribution.metadata["Name"])}
     assert not declared(distribution, with_extras=True) & others
 

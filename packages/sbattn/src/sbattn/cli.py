@@ -18,7 +18,7 @@ def mqrar(
     attn: Attention = "stickbreaking",
     steps: int = 500,
     seed: int = 0,
-    learning_rate: float = 1e-2,
+    learning_rate: float = 3e-3,
     keys: int = 8,
     values: int = 16,
     length: int = 64,

@@ -185,19 +185,20 @@ def _recall_table(recall: Mapping[str, Runs]) -> DataTable:
 
 def _tuning_table(tuned: Mapping[str, Runs]) -> DataTable:
     return DataTable(
-        "Recall: learning rates on the tuning seed",
-        ["Arm", "Learning rate", "Loss at the training length", "Accuracy there"],
+        "Recall: learning rates on the tuning seeds",
+        ["Arm", "Seed", "Learning rate", "Loss at the training length", "Accuracy there"],
         [
             [
                 NAMES[arm],
-                r["rate"],
-                f"{r['recall'][0]['loss']:.1e}",
-                round(r["recall"][0]["accuracy"], 4),
+                run["seed"],
+                run["rate"],
+                f"{run['recall'][0]['loss']:.1e}",
+                round(run["recall"][0]["accuracy"], 4),
             ]
             for arm, runs in tuned.items()
-            for r in runs
+            for run in runs
         ],
-        "All arms have the same grid, steps and seed, which no reported run has.",
+        "All arms have the same grid, steps and seeds, which no reported run has.",
     )
 
 

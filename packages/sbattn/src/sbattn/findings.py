@@ -63,6 +63,14 @@ def accuracy(run: Mapping[str, Any], length: int) -> float:
     return float(found)
 
 
+def best_rate(tuned: Runs) -> float:
+    """The learning rate with the lowest loss at the training length, mean over the seeds."""
+    losses: dict[float, list[float]] = {}
+    for run in tuned:
+        losses.setdefault(run["rate"], []).append(run["recall"][0]["loss"])
+    return min(losses, key=lambda rate: float(np.mean(losses[rate])))
+
+
 def rise(run: Mapping[str, Any]) -> float:
     """Loss at positions `FAR` minus loss at positions `NEAR`, in nats per byte."""
     far, near = (between(run["by_position"], run["block"], *where) for where in (FAR, NEAR))

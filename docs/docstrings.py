@@ -13,7 +13,7 @@ from typing import Any
 import griffe
 
 _ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`~?([^`]+)`")
-_SHARED = re.compile(r"^( +)(\w+(?:, \w+)+):( .*(?:\n(?:\1 +.*|(?=\n\1 )))*)", re.MULTILINE)
+_SHARED = re.compile(r"^( +)(\w+(?:,\s+\w+)+):( .*(?:\n(?:\1 +.*|(?=\n\1 )))*)", re.MULTILINE)
 
 
 class Docstrings(griffe.Extension):
@@ -33,4 +33,4 @@ def spelt_out(text: str) -> str:
 
 def _one_each(entry: re.Match[str]) -> str:
     indent, names, rest = entry.groups()
-    return "\n".join(f"{indent}{name}:{rest}" for name in names.split(", "))
+    return "\n".join(f"{indent}{name}:{rest}" for name in re.split(r",\s+", names))

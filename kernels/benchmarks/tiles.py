@@ -109,7 +109,7 @@ def main() -> None:
     scale = options.head_dim**-0.5
     capability = None if dry else torch.cuda.get_device_capability()
     processors = 1 if dry else torch.cuda.get_device_properties(0).multi_processor_count
-    first = forward_config(options.head_dim, q.dtype, capability)
+    first = forward_config(options.head_dim, q.dtype, capability, options.length)
     second = backward_config(options.head_dim, q.dtype, capability, first, processors=processors)
     done = forward(q, k, v, scale=scale, save=True, config=first)
 

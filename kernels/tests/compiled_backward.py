@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 
 from compiled import Case, compile_kernel, padded
@@ -24,13 +24,13 @@ def backward(
     import torch
 
     from decapod_kernels.stickbreaking.backward_keys import keys_kernel
-    from decapod_kernels.stickbreaking.backward_plan import backward_config, superblock_size
+    from decapod_kernels.stickbreaking.backward_plan import backward_config
     from decapod_kernels.stickbreaking.backward_rows import rows_kernel
     from decapod_kernels.stickbreaking.configs import forward_config
 
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     device = divmod(capability, 10)
-    tiles = replace(forward_config(dim, torch_dtype, device), superblock=superblock_size(16384))
+    tiles = forward_config(dim, torch_dtype, device, 16384)
     config = backward_config(dim, torch_dtype, device, tiles)
     rows = owner == "rows"
     sums = "*fp32" if partial_sums else f"*{dtype}"

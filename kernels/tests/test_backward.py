@@ -373,6 +373,14 @@ def test_fixed_numbers(attend_current: bool, sums: tuple[float, ...], device: to
         assert grad.abs().double().sum().item() == pytest.approx(total, rel=1e-5)
 
 
+def test_forward_and_backward_choose_tiles_that_fit(device: torch.device) -> None:
+    call = inputs(queries=80, keys=80, device=device)
+    q, k, v, d_out, d_log_rem = call
+    saved = forward(q, k, v, scale=0.25, save=True)
+    grads = backward(q, k, v, d_out, d_log_rem, saved.edges, saved.stop, scale=0.25)
+    assert_close(grads, true_gradients(*call))
+
+
 def test_what_another_forward_saved_is_refused(device: torch.device) -> None:
     q, k, v, d_out, d_log_rem = inputs(device=device)
     saved = forward(q, k, v, scale=0.25, save=True, config=TILES.forward)

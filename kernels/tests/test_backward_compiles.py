@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from compiled import Resources
 from compiled_backward import CASES
 

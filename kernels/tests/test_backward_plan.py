@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,7 +12,6 @@ from decapod_kernels.stickbreaking.backward_plan import (
     Sizes,
     backward_config,
     plan_backward,
-    superblock_size,
 )
 from decapod_kernels.stickbreaking.configs import ForwardConfig, forward_config
 from decapod_kernels.stickbreaking.forward import forward
@@ -37,8 +34,7 @@ def sizes(length: int, *, q_heads: int = 12, kv_heads: int = 12, dim: int = 128)
 
 
 def hopper_config(length: int, dim: int = 128) -> BackwardConfig:
-    tiles = forward_config(dim, torch.bfloat16, HOPPER)
-    forward_tiles = replace(tiles, superblock=superblock_size(length))
+    forward_tiles = forward_config(dim, torch.bfloat16, HOPPER, length)
     return backward_config(dim, torch.bfloat16, HOPPER, forward_tiles, processors=132)
 
 

@@ -227,7 +227,7 @@ def _backward_chunk(
     for superblock in range(plan.superblocks):
         size = config.forward.superblock
         keys = slice(superblock * size, (superblock + 1) * size)
-        first_row, end_row = _rows_that_see(keys.start, keys.stop, layout, config)
+        first_row, end_row = _rows_that_see(keys.start, keys.stop, q.shape[2], layout, config)
         if space.dk is not None and space.dv is not None:
             dk_sum = space.dk[:, :batch, :kv_heads].zero_()
             dv_sum = space.dv[:, :batch, :kv_heads].zero_()
@@ -261,10 +261,15 @@ def _backward_chunk(
         dq.copy_(dq_sum)
 
 
-def _rows_that_see(begin: int, end: int, layout: Layout, config: BackwardConfig) -> tuple[int, int]:
-    """Bounds of the query rows that may see keys `begin <= j < end`, from a block on."""
+def _rows_that_see(
+    begin: int, end: int, queries: int, layout: Layout, config: BackwardConfig
+) -> tuple[int, int]:
+    """Bounds of the query rows that may see keys `begin <= j < end`, from a block on.
+
+    Of `queries` rows; packed, of those of the longest sequence, which may have been overstated.
+    """
     if layout.packed:
-        return 0, layout.max_q
+        return 0, min(layout.max_q, queries)
     current = int(layout.attend_current)
     first = max(0, begin - layout.offset - current + 1)
     last = min(layout.max_q, end + layout.window - layout.offset - current)
@@ -307,7 +312,7 @@ def _choose(q: Tensor, layout: Layout) -> BackwardConfig:
     processors = 1
     if capability is not None:
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    forward = forward_config(head_dim, q.dtype, capability)
+    forward = forward_config(head_dim, q.dtype, capability, layout.max_k)
     return backward_config(head_dim, q.dtype, capability, forward, processors=processors)
 
 

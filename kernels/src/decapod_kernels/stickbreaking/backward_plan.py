@@ -28,14 +28,6 @@ _SMALL = 32 * 2**20
 _MAX_SPLITS = 8
 
 
-def superblock_size(max_k: int) -> int:
-    """Keys per super-block that bound the forward's edges: 16 at most, whatever the length."""
-    size = 4096
-    while 16 * size < max_k:
-        size *= 2
-    return size
-
-
 @dataclass(frozen=True)
 class BackwardConfig:
     """How the backward kernels cut their work.
@@ -169,17 +161,20 @@ def plan_backward(sizes: Sizes, config: BackwardConfig) -> BackwardPlan:
     while units > 1 and candidate(units, sizes.queries, 1).workspace_bytes > budget:
         units -= 1
     rows = sizes.queries
+    tiles = candidate(units, rows, 1).tiles
     if not sizes.packed and candidate(units, rows, 1).workspace_bytes > budget:
+        # Of one head only part of the rows; room is left for splits, which one head will need.
+        wanted = min(_MAX_SPLITS, -(-config.programs // tiles))
         blocks = -(-rows // align)
-        while blocks > 1 and candidate(1, blocks * align, 1).workspace_bytes > budget:
+        while blocks > 1 and candidate(1, blocks * align, wanted).workspace_bytes > budget:
             blocks -= max(1, blocks // 16)
         rows = min(blocks * align, rows)
     best = candidate(units, rows, 1)
     if sizes.packed:
         return best
     for fewer in range(units, units // 2, -1):
-        tiles = best.tiles * fewer
-        splits = min(_MAX_SPLITS, -(-config.programs // tiles), -(-rows // config.keys_block))
+        programs = tiles * fewer
+        splits = min(_MAX_SPLITS, -(-config.programs // programs), -(-rows // config.keys_block))
         if splits <= 1:
             break
         split = candidate(fewer, rows, splits)

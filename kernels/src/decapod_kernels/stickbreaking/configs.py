@@ -39,8 +39,16 @@ class ForwardConfig:
             )
 
 
+def superblock_size(keys: int, smallest: int = 4096) -> int:
+    """Keys per super-block such that there are 16 at most: so edges are linear in the length."""
+    size = smallest
+    while 16 * size < keys:
+        size *= 2
+    return size
+
+
 def forward_config(
-    head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None
+    head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None, keys: int
 ) -> ForwardConfig:
     """The forward kernel's tiles.
 
@@ -48,20 +56,24 @@ def forward_config(
         head_dim: the larger of the keys' and the values' head size.
         dtype: of the inputs.
         capability: the device's compute capability, or None for the interpreter.
+        keys: of the longest sequence.
     """
     if capability is None:
-        return ForwardConfig(block_q=32, block_k=32, superblock=64, warps=4, stages=1)
+        # Small, so that tests of a few hundred keys cross edges.
+        superblock = superblock_size(keys, smallest=64)
+        return ForwardConfig(block_q=32, block_k=32, superblock=superblock, warps=4, stages=1)
+    superblock = superblock_size(keys)
     # No choice spills: see tests/test_compiles.py, and NOTES.md for what was weighed.
     if dtype == torch.float32:
         if head_dim <= 128:
-            return ForwardConfig(block_q=32, block_k=32, superblock=1024, warps=4, stages=1)
-        return ForwardConfig(block_q=16, block_k=16, superblock=1024, warps=4, stages=1)
+            return ForwardConfig(block_q=32, block_k=32, superblock=superblock, warps=4, stages=1)
+        return ForwardConfig(block_q=16, block_k=16, superblock=superblock, warps=4, stages=1)
     if head_dim > 128:
-        return ForwardConfig(block_q=64, block_k=32, superblock=1024, warps=8, stages=2)
+        return ForwardConfig(block_q=64, block_k=32, superblock=superblock, warps=8, stages=2)
     if capability < (9, 0):
         block_k = 64 if head_dim <= 64 else 32
-        return ForwardConfig(block_q=128, block_k=block_k, superblock=1024, warps=8, stages=2)
+        return ForwardConfig(block_q=128, block_k=block_k, superblock=superblock, warps=8, stages=2)
     if head_dim <= 64:
         # 168 registers: three programs fit.
-        return ForwardConfig(64, 64, superblock=1024, warps=4, stages=3, registers=168)
-    return ForwardConfig(block_q=128, block_k=64, superblock=1024, warps=8, stages=2)
+        return ForwardConfig(64, 64, superblock=superblock, warps=4, stages=3, registers=168)
+    return ForwardConfig(block_q=128, block_k=64, superblock=superblock, warps=8, stages=2)

@@ -244,7 +244,7 @@ def forward(
         raise ValueError(f"log2_tol must be negative (-inf: never stop early), got {log2_tol}")
     if config is None:
         head_dim = max(layout.key_dim, layout.value_dim)
-        config = forward_config(head_dim, q.dtype, device_capability(q))
+        config = forward_config(head_dim, q.dtype, device_capability(q), layout.max_k)
     result = _allocate(q, v, layout, config, save=save)
     blocks = triton.cdiv(layout.max_q, config.block_q)
     programs = blocks * layout.q_heads * layout.batch

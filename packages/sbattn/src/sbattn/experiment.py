@@ -227,11 +227,8 @@ def run(
         tenth of the steps); for recall ``recall``, a list of ``length``, ``accuracy``, ``loss`` and
         ``questions``; for text ``by_position``, the loss per block of positions, and ``block``;
         and, where the model is stick-breaking and learns text, ``live``: by tile size ("64", "8")
-        the live-tile fractions [layers][heads] ``before`` and ``after`` training, on two held-out
-        contexts of the test length.
-
-    Raises:
-        Whatever `train` and the data raise.
+        the live-tile fractions ``before`` and ``after`` training, one list of heads per layer, on
+        two held-out contexts of the test length. Errors are those of `train` and of the data.
     """
     config = experiment.training
     with torch.random.fork_rng(devices=[]):

@@ -170,11 +170,11 @@ def _state(
     batch, queries, keys = sizes
     # As the kernels' `device_capability`, whose module needs Triton.
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-    config = forward_config(max(int(q.shape[-1]), int(v.shape[-1])), q.dtype, capability)
+    kind = (max(int(q.shape[-1]), int(v.shape[-1])), q.dtype, capability)
     superblocks = blocks = 0
     if save:
-        superblocks = saved_size(lambda length: -(-length // config.superblock), keys)
-        blocks = saved_size(lambda length: -(-length // config.block_q), queries)
+        superblocks = saved_size(lambda n: -(-n // forward_config(*kind, n).superblock), keys)
+        blocks = saved_size(lambda n: -(-n // forward_config(*kind, 1).block_q), queries)
     return (
         q.new_empty((*q.shape[:-1], superblocks), dtype=torch.float32),
         q.new_empty((batch, q.shape[1], blocks), dtype=torch.int32),

@@ -53,8 +53,6 @@ from sbattn.findings import NAMES, Runs, by_arm
 if TYPE_CHECKING:
     from decapod.jobs import Job, JobResult
 
-__all__ = ["CLAIMS", "RECALL", "REPRODUCTION", "TEXT", "conclude", "jobs"]
-
 _VERSION: Final = "1"  # raise when a job gives other results
 
 RECALL: Final[dict[str, Any]] = {

@@ -1,6 +1,7 @@
 """Read `nox --list --json`, print the test sessions of packages that changed since a commit.
 
-A change outside `packages/` touches every package; so does `decapod`, which all extras build on.
+A change outside `packages/` and `kernels/` touches every package; so does `decapod`, which all
+extras build on. `kernels/` touches those that call the kernels, too.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ def touched_packages(paths: list[str]) -> set[str] | None:
     """Import names of the packages that hold `paths`; None stands for all."""
     names = set()
     for path in map(PurePosixPath, paths):
-        if path.parts[0] != "packages" or path.parts[1] == "decapod":
+        if path.parts[0] == "kernels":
+            names |= {"decapod_kernels", "sbattn"}
+        elif path.parts[0] != "packages" or path.parts[1] == "decapod":
             return None
-        names.add(path.parts[1].replace("-", "_"))
+        else:
+            names.add(path.parts[1].replace("-", "_"))
     return names or None
 
 

@@ -1,5 +1,7 @@
 """The stick-breaking layer, against its definition written out for one head at a time."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -256,3 +258,33 @@ def test_calls_that_do_not_fit_are_refused():
         made(x[:1], cu_seqlens=bounds, cache=LayerCache(4))
     with pytest.raises(InvalidInputError, match="cu_seqlens"):
         made(x[:1], cu_seqlens=torch.tensor([1, 4], dtype=torch.int32))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "word"),
+    [
+        ([0, 11], r"cu_seqlens: expected a tensor of N \+ 1 offsets"),
+        (torch.tensor([], dtype=torch.int32), "cu_seqlens: expected a tensor"),
+        (torch.tensor([[0, 11]], dtype=torch.int32), "cu_seqlens: expected a tensor"),
+        (torch.tensor([0, 11]), "cu_seqlens: expected dtype int32, got int64"),
+    ],
+)
+def test_bounds_of_packed_sequences_are_refused_by_their_name(bounds, word):
+    with pytest.raises(InvalidInputError, match=word):
+        layer()(tokens(batch=1), cu_seqlens=bounds)
+
+
+@pytest.mark.parametrize("theta", [0.0, -1.0, math.nan, math.inf])
+def test_rotation_needs_a_positive_base(theta):
+    with pytest.raises(InvalidInputError, match="rope_theta: expected None or above 0"):
+        layer(rope_theta=theta)
+
+
+def test_a_call_that_fails_leaves_the_cache_as_it_was():
+    made, x, cache = layer(), tokens(), LayerCache(11)
+    with torch.no_grad():
+        made(x[:, :4], cache=cache)
+        with pytest.raises(InvalidInputError, match="key_padding"):
+            made(x[:, 4:6], cache=cache, key_padding=torch.tensor([[0, 99], [0, 6]]))
+        assert cache.length == 4
+        torch.testing.assert_close(made(x[:, 4:], cache=cache), made(x)[:, 4:])

@@ -80,6 +80,7 @@ def test_every_problem_pass_and_arm_has_a_row() -> None:
     ("settings", "words"),
     [
         ({"arms": ("skip", "flash")}, "arms"),
+        ({"arms": ()}, "arms: expected at least one"),
         ({"rounds": 0}, "rounds"),
         ({"lengths": (0,)}, "length"),
         ({"heads": 8, "kv_heads": 3}, "kv_heads"),

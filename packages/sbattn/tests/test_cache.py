@@ -98,6 +98,12 @@ def test_padding_on_the_right_is_refused(padding):
         KeyValueCache(1, 2, 4).bounds(2, 3, torch.tensor(padding))
 
 
+@pytest.mark.parametrize("padding", [[[-1, 3], [0, 3]], [[0, 4], [0, 3]]])
+def test_padding_beyond_the_tokens_is_refused(padding):
+    with pytest.raises(InvalidInputError, match="key_padding: expected 0 <= start <= end <= 3"):
+        KeyValueCache(1, 2, 4).bounds(2, 3, torch.tensor(padding))
+
+
 def test_padding_that_comes_late_is_refused():
     cache = KeyValueCache(1, 3, 4)
     cache.layers[0].append(tokens(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -98,6 +99,20 @@ DENSE = {
         "heads: expected as many key heads as query heads, 4, got 2; pass enable_gqa=True",
     ),
     "float offset": ({"kv_offset": 1.0}, r"kv_offset: expected None or an integer.* got 1\.0"),
+    "far offset": (
+        {"kv_offset": 2**30},
+        r"kv_offset: expected between -2\^30 and 2\^30, got 1073741824",
+    ),
+    "no heads": (
+        {name: torch.randn(2, 0, 6, 8) for name in ("query", "key", "value")},
+        "heads: expected at least one query head and one key head, got 0 and 0",
+    ),
+    "no query heads": (
+        {"query": torch.randn(2, 0, 6, 8), "enable_gqa": True},
+        "heads: expected at least one query head and one key head, got 0 and 4",
+    ),
+    "scale that is no number": ({"scale": math.nan}, "scale: expected .* finite number, got nan"),
+    "endless scale": ({"scale": -math.inf}, "scale: expected .* finite number, got -inf"),
     "window of nothing": ({"window": 0}, "window: expected None or a positive integer, got 0"),
     "boolean window": ({"window": True}, "window: expected None or a positive integer"),
     "tolerance of one": ({"skip_tol": 1.0}, r'skip_tol: expected "exact", 0 .* got 1\.0'),

@@ -8,7 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sbattn.functional import stickbreaking_attention, stickbreaking_weights
+from sbattn.errors import UnsupportedError
+from sbattn.functional import (
+    stickbreaking_attention,
+    stickbreaking_attention_varlen,
+    stickbreaking_weights,
+)
 
 
 def with_gradients(inputs: list[Tensor], **options: Any) -> dict[str, Tensor]:
@@ -402,6 +407,56 @@ def test_auto_on_a_cpu_is_chunked() -> None:
     auto = with_gradients(inputs)
     for key, value in with_gradients(inputs, backend="chunked").items():
         assert torch.equal(auto[key], value)
+
+
+def test_a_window_that_ends_behind_the_last_key_leaves_the_stick_whole(backend: Any) -> None:
+    """As for a far segment of a long sequence, in training."""
+    inputs = [torch.randn(1, 2, length, 16, device=backend.device) for length in (3, 40, 40)]
+    found = with_gradients(
+        [x.to(backend.dtype) for x in inputs], window=5, kv_offset=10_000, backend=backend.name
+    )
+    assert float(found.pop("rem").min()) == 1
+    assert all(float(x.abs().max()) == 0 for x in found.values())
+
+
+# torch's own rules of forward mode are scripted when they are first used.
+FORWARD_MODE = pytest.mark.filterwarnings("ignore:`torch.jit.script` is:DeprecationWarning")
+
+
+@FORWARD_MODE
+def test_tangents_are_refused_rather_than_lost() -> None:
+    x, offsets = torch.randn(1, 2, 5, 4), torch.tensor([0, 5], dtype=torch.int32)
+
+    def dense(q: Tensor) -> Tensor:
+        return stickbreaking_attention(q, x, x)[0]
+
+    def packed(q: Tensor) -> Tensor:
+        q, k = q[0].transpose(0, 1), x[0].transpose(0, 1)
+        return stickbreaking_attention_varlen(q, k, k, offsets, offsets, 5, 5)[0]
+
+    for call in (dense, packed):
+        with pytest.raises(UnsupportedError, match=r'forward-mode .* backend="naive"'):
+            torch.func.jvp(call, (x,), (x,))
+
+
+@FORWARD_MODE
+def test_the_naive_backend_has_forward_mode_derivatives() -> None:
+    x, direction = torch.randn(2, 1, 2, 5, 4, dtype=torch.float64)
+
+    def total(q: Tensor, **options: Any) -> Tensor:
+        return stickbreaking_attention(q, x, x, **options)[0].sum()
+
+    _, tangent = torch.func.jvp(lambda q: total(q, backend="naive"), (x,), (direction,))
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(total(leaf), leaf)
+    torch.testing.assert_close(tangent, (gradient * direction).sum())
+
+
+def test_the_definition_has_shapes_where_there_is_no_memory() -> None:
+    x = torch.randn(1, 2, 5, 4, device="meta")
+    out, rem = stickbreaking_attention(x, x, x, backend="naive")
+    weights, _ = stickbreaking_weights(x, x)
+    assert [tuple(y.shape) for y in (out, rem, weights)] == [(1, 2, 5, 4), (1, 2, 5), (1, 2, 5, 5)]
 
 
 def test_the_naive_backend_can_be_differentiated_twice() -> None:

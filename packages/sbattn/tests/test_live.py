@@ -232,6 +232,8 @@ def test_what_cannot_be_counted_is_refused():
     query, key = heads(4)
     with pytest.raises(InvalidInputError, match="tile"):
         live_tile_fraction(query, key, tile=(0, 8))
+    with pytest.raises(InvalidInputError, match=r"tile: expected two integers.* got 64"):
+        live_tile_fraction(query, key, tile=64)
     with pytest.raises(InvalidInputError, match="skip_tol"):
         live_tile_fraction(query, key, skip_tol=2.0)
     with pytest.raises(InvalidInputError, match="window"):

@@ -249,6 +249,26 @@ def test_a_cache_can_be_used_again_after_a_reset():
     torch.testing.assert_close(again, model(ids(2, 6)), rtol=0, atol=1e-12)
 
 
+@each_arm
+def test_a_call_that_fails_leaves_the_cache_as_it_was(options):
+    """Also the padding that it would have remembered, and when some layers had read already."""
+    model, tokens = make(options), ids(2, 6)
+    cache = model.new_cache(2, 6)
+    with torch.no_grad():
+        with pytest.raises(IndexError):
+            model(tokens + VOCAB, key_padding=torch.tensor([[2, 6], [0, 6]]), cache=cache)
+        with pytest.raises(InvalidInputError, match="max_length is 6"):
+            model(ids(2, 7), key_padding=torch.tensor([[2, 7], [0, 7]]), cache=cache)
+        model(tokens[:, :4], cache=cache)
+        cache.layers[1].max_length = 4
+        with pytest.raises(InvalidInputError, match="max_length is 4"):
+            model(tokens[:, 4:], cache=cache)
+        cache.layers[1].max_length = 6
+        assert [layer.length for layer in cache.layers] == [4, 4]
+        found = model(tokens[:, 4:], cache=cache)
+    torch.testing.assert_close(found, model(tokens)[:, 4:], rtol=0, atol=1e-12)
+
+
 def test_beams_go_on_from_the_rows_they_were_reordered_to():
     model = make({})
     tokens, rows = ids(3, 6), torch.tensor([2, 0, 0])
@@ -414,6 +434,7 @@ def test_tied_matrices_stay_tied_in_copies():
         ({"attn": "nope", "add_rope": True}, "add_rope: only"),
         ({"rope_theta": 0.0}, "rope_theta"),
         ({"norm_eps": -1e-5}, "norm_eps"),
+        ({"norm_eps": float("nan")}, "norm_eps"),
         ({"skip_tol": 1.0}, "skip_tol"),
         ({"skip_tol": "loose"}, "skip_tol"),
     ],
@@ -455,6 +476,8 @@ def test_inputs_that_do_not_fit_are_refused():
         model.generate(ids(1, 0), 3)
     with pytest.raises(InvalidInputError, match="generate"):
         model.generate(ids(1, 2), 3, temperature=-1.0)
+    with pytest.raises(InvalidInputError, match="generate"):
+        model.generate(ids(1, 2), 3, temperature=float("nan"))
 
 
 @each_arm

@@ -284,7 +284,7 @@ def test_the_large_run_is_what_its_file_says() -> None:
     [
         ({}, "either recall or text"),
         ({"recall": {}, "text": {}}, "either recall or text"),
-        ({"recall": {}, "modle": {}}, "modle"),
+        ({"recall": {}, "network": {}}, "network"),
         ({"recall": {"kyes": 3}}, "kyes"),
         ({"recall": {}, "model": {"hidden": 3}}, "hidden"),
         ({"recall": {}, "training": {"steps": 0}}, "steps"),

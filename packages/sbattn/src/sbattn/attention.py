@@ -14,8 +14,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from sbattn.cache import LayerCache
-from sbattn.checks import check_options
+from sbattn.cache import LayerCache, unchanged_by_failure
+from sbattn.checks import check_offsets_form, check_options
 from sbattn.decode import stickbreaking_decode
 from sbattn.errors import InvalidInputError, UnsupportedError
 from sbattn.functional import (
@@ -72,6 +72,8 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         check_heads(hidden_size, num_heads, num_kv_heads, head_dim, rotary=rope_theta is not None)
+        if rope_theta is not None and not 0 < rope_theta < math.inf:
+            raise InvalidInputError(f"rope_theta: expected None or above 0, got {rope_theta}")
         head_dim = hidden_size // num_heads if head_dim is None else head_dim
         self.hidden_size = hidden_size
         self.num_heads = num_heads
@@ -115,9 +117,9 @@ class MultiHeadAttention(nn.Module):
         self._check(x, key_padding, cu_seqlens, cache)
         past = 0 if cache is None else cache.length
         q, k, v = self.heads(x, token_positions(x.shape[1], x.device, past, cu_seqlens))
-        return self.o_proj(
-            self.attend(q, k, v, Call(x, key_padding, cu_seqlens, max_seqlen, cache))
-        )
+        with unchanged_by_failure(cache):
+            mixed = self.attend(q, k, v, Call(x, key_padding, cu_seqlens, max_seqlen, cache))
+        return self.o_proj(mixed)
 
     def heads(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries `[B, num_heads, L, head_dim]`, and keys and values `[B, num_kv_heads, ...]`."""
@@ -150,6 +152,7 @@ class MultiHeadAttention(nn.Module):
             )
         if cu_seqlens is None:
             return
+        check_offsets_form("cu_seqlens", cu_seqlens, "x", x.device)
         if x.shape[0] != 1:
             raise InvalidInputError(
                 f"cu_seqlens: packed sequences stand in one row, got a batch of {x.shape[0]}; "

@@ -63,6 +63,9 @@ class Options:
     out: Path | None = None
 
     def __post_init__(self) -> None:
+        for name in ("lengths", "logits", "passes", "arms"):
+            if not getattr(self, name):
+                raise InvalidInputError(f"{name}: expected at least one, got none")
         for name in ("rounds", "threads"):
             if getattr(self, name) < 1:
                 raise InvalidInputError(f"{name}: expected at least 1, got {getattr(self, name)}")

@@ -7,9 +7,13 @@ remembers where each row begins, and every later step hides what stands before i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
+from sbattn.checks import check_padding
 from sbattn.errors import InvalidInputError, UnsupportedError
 from sbattn.positions import valid_keys
 
@@ -109,8 +113,8 @@ class KeyValueCache:
         `key_padding`, if given, is the first tokens'; it is remembered. None: nothing is padding.
 
         Raises:
-            InvalidInputError: if the batch is another one, or the padding comes late or on the
-                right.
+            InvalidInputError: if the batch is another one, or the padding comes late, on the right
+                or with bounds beyond the tokens.
         """
         if batch != self.batch:
             raise InvalidInputError(
@@ -123,6 +127,7 @@ class KeyValueCache:
                     f"holds {self.length} already, so leave it out"
                 )
             valid = valid_keys(key_padding, batch, length)
+            check_padding(key_padding, length)
             if not bool((valid[:, 1:] >= valid[:, :-1]).all() and valid[:, -1].all()):
                 raise InvalidInputError(
                     "key_padding: with a cache, padding must be on the left of every row, because "
@@ -150,3 +155,19 @@ class KeyValueCache:
             self.starts = self.starts[rows]
         for layer in self.layers:
             layer.reorder(rows)
+
+
+@contextmanager
+def unchanged_by_failure(cache: LayerCache | KeyValueCache | None) -> Iterator[None]:
+    """If what is done here fails, hold what was held before: the call can be made again."""
+    layers = cache.layers if isinstance(cache, KeyValueCache) else [cache] if cache else []
+    lengths = [layer.length for layer in layers]
+    starts = cache.starts if isinstance(cache, KeyValueCache) else None
+    try:
+        yield
+    except BaseException:
+        for layer, length in zip(layers, lengths, strict=True):
+            layer.length = length
+        if isinstance(cache, KeyValueCache):
+            cache.starts = starts
+        raise

@@ -8,6 +8,7 @@ accelerator reading means waiting for the device, so they are made only with `va
 
 from __future__ import annotations
 
+import sys
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +20,7 @@ from sbattn.errors import InvalidInputError
 DENSE = ("batch", "heads", "length", "head_dim")
 PACKED = ("total", "heads", "head_dim")
 _INTEGERS = (torch.int32, torch.int64)
+_FARTHEST = 2**30  # positions are computed in 32 bits
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -44,6 +46,11 @@ def check_dense(
     _check_heads(query.shape[1], key.shape[1], enable_gqa)
     if kv_offset is not None:
         _check_integer("kv_offset", kv_offset, "None or an integer, the first query's position")
+        if not -_FARTHEST < kv_offset < _FARTHEST:
+            raise InvalidInputError(
+                f"kv_offset: expected between -2^30 and 2^30, got {kv_offset}; what a query sees "
+                "depends on its distance from the keys only, so count positions from nearer by"
+            )
     if key_padding is not None:
         _check_padding_form(key_padding, query.shape[0], key.shape[2], query.device)
 
@@ -64,19 +71,7 @@ def check_varlen(
     _check_same_kind(q, k, v, PACKED)
     _check_heads(q.shape[1], k.shape[1], enable_gqa=True)
     for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if not isinstance(offsets, Tensor) or offsets.ndim != 1 or offsets.shape[0] < 1:
-            raise InvalidInputError(
-                f"{name}: expected a tensor of N + 1 offsets for N sequences, "
-                f"got {_describe(offsets)}"
-            )
-        if offsets.dtype != torch.int32:
-            raise InvalidInputError(
-                f"{name}: expected dtype int32, got {_dtype(offsets)}; pass {name}.to(torch.int32)"
-            )
-        if offsets.device != q.device:
-            raise InvalidInputError(
-                f"{name}: expected on the device of q, {q.device}, got {offsets.device}"
-            )
+        check_offsets_form(name, offsets, "q", q.device)
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise InvalidInputError(
             "cu_seqlens_q and cu_seqlens_k: expected offsets of the same number of sequences, "
@@ -88,6 +83,22 @@ def check_varlen(
             raise InvalidInputError(f"{name}: expected at least 0, got {longest}")
 
 
+def check_offsets_form(name: str, offsets: Tensor, beside: str, device: torch.device) -> None:
+    """Form of `cu_seqlens`, which must be on the device of the argument called `beside`."""
+    if not isinstance(offsets, Tensor) or offsets.ndim != 1 or offsets.shape[0] < 1:
+        raise InvalidInputError(
+            f"{name}: expected a tensor of N + 1 offsets for N sequences, got {_describe(offsets)}"
+        )
+    if offsets.dtype != torch.int32:
+        raise InvalidInputError(
+            f"{name}: expected dtype int32, got {_dtype(offsets)}; pass {name}.to(torch.int32)"
+        )
+    if offsets.device != device:
+        raise InvalidInputError(
+            f"{name}: expected on the device of {beside}, {device}, got {offsets.device}"
+        )
+
+
 def check_options(scale: float | None, window: int | None, skip_tol: object) -> None:
     """The options that every form of the operator shares; raises `InvalidInputError`."""
     if scale is not None and (
@@ -97,6 +108,9 @@ def check_options(scale: float | None, window: int | None, skip_tol: object) -> 
             "scale: expected None (1/sqrt(head_dim)) or a number, "
             f"got {_describe(scale)}; multiply the query by a tensor instead"
         )
+    # (Comparing a symbol would tie a traced program to its value.)
+    if isinstance(scale, (int, float)) and not abs(scale) <= sys.float_info.max:
+        raise InvalidInputError(f"scale: expected None or a finite number, got {scale}")
     if window is not None:
         _check_integer("window", window, "None or a positive integer, how many positions back")
         if window < 1:
@@ -219,9 +233,14 @@ def _check_same_kind(q: Tensor, k: Tensor, v: Tensor, axes: tuple[str, ...]) -> 
 
 
 def _check_heads(query_heads: int, key_heads: int, enable_gqa: bool) -> None:
+    if query_heads < 1 or key_heads < 1:
+        raise InvalidInputError(
+            f"heads: expected at least one query head and one key head, got {query_heads} and "
+            f"{key_heads}"
+        )
     if query_heads == key_heads:
         return
-    if key_heads < 1 or query_heads % key_heads != 0:
+    if query_heads % key_heads != 0:
         raise InvalidInputError(
             "heads: expected the number of query heads to be a multiple of the number of key "
             f"heads, got {query_heads} and {key_heads}"

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-from sbattn.errors import MissingExtraError
+from sbattn.errors import InvalidInputError, MissingExtraError
 from sbattn.experiment import Experiment, run
 from sbattn.measuring import between
 from sbattn.model import Attention
 from sbattn.training import lines
 from sbattn.writing import whole_file
+
+_SAVE_EVERY = 20  # steps of these small models; what an interruption costs
 
 
 def mqrar(
@@ -43,7 +46,12 @@ def mqrar(
         quiet: no progress.
     """
     content = {
-        "training": {"steps": steps, "length": length, "learning_rate": learning_rate},
+        "training": {
+            "steps": steps,
+            "length": length,
+            "learning_rate": learning_rate,
+            "save_every": _SAVE_EVERY,
+        },
         "recall": {"keys": keys, "values": values, "lengths": lengths},
     }
     found = _run(Experiment.from_mapping(content, attn, seed=seed, device=device), out, quiet)
@@ -87,6 +95,7 @@ def bytelm(
             "batch_size": 16,
             "length": length,
             "learning_rate": learning_rate,
+            "save_every": _SAVE_EVERY,
         },
         "text": {
             "path": None if text is None else str(text),
@@ -128,4 +137,10 @@ def main() -> None:
         import tyro
     except ImportError as error:
         raise MissingExtraError("tyro", "experiments") from error
-    tyro.extras.subcommand_cli_from_dict({"mqrar": mqrar, "bytelm": bytelm}, prog="sbattn-repro")
+    commands: dict[str, Any] = {"mqrar": mqrar, "bytelm": bytelm}
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, prog="sbattn-repro")
+    except (InvalidInputError, FloatingPointError, OSError) as error:
+        sys.exit(f"sbattn-repro: {error}")
+    except KeyboardInterrupt:
+        sys.exit("sbattn-repro: stopped; with --out, the same command goes on from its checkpoint")

@@ -69,7 +69,9 @@ def stickbreaking_decode(
     if isinstance(cache_seqlens, int) and isinstance(q, Tensor) and q.ndim == 4:
         cache_seqlens = torch.full((q.shape[0],), cache_seqlens, device=q.device)
     _check_form(q, k_cache, v_cache, cache_seqlens, block_table)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k_cache, v_cache)):
+    inputs = (q, k_cache, v_cache)
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if wanted or functional.has_tangent(*inputs):
         raise UnsupportedError(
             "q, k_cache, v_cache: decoding has no gradients; call it under torch.no_grad(), or "
             "train with stickbreaking_attention"

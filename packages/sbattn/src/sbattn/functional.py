@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from sbattn import checks, on_triton, ops
 from sbattn.errors import InvalidInputError, UnsupportedError
@@ -55,10 +57,11 @@ def stickbreaking_attention(
             of a sequence sees nothing: output 0, remainder 1.
         enable_gqa: allow fewer key heads than query heads (`Hq % Hkv == 0`; nothing is repeated
             in memory).
-        kv_offset: position of the first query among the keys; any integer. None is `Lk - Lq`:
-            the last query is the last key's token.
+        kv_offset: position of the first query among the keys, also before or behind them all
+            (between -2^30 and 2^30). None is `Lk - Lq`: the last query is the last key's token.
         key_padding: which keys are valid: intervals `[start, end)`, integers `[B, 2]`, or a bool
-            mask `[B, Lk]` (True: valid) whose valid keys are one contiguous run per row.
+            mask `[B, Lk]` (True: valid) whose valid keys are one contiguous run per row. Keys and
+            values must be finite where they are not valid, too: they are multiplied by 0.
         window: how many positions back a query sees; None is all. What is not spent on them
             stays in the remainder.
         skip_tol: what may be left of a row's stick when its search ends. "exact" is the unit
@@ -77,7 +80,8 @@ def stickbreaking_attention(
 
     Raises:
         InvalidInputError: an argument does not fit; nothing has been computed.
-        UnsupportedError: the named backend cannot do this; a second derivative was asked for.
+        UnsupportedError: the named backend cannot do this; a second or a forward-mode derivative
+            was asked for.
         MissingExtraError: backend "triton" where the extra is not installed.
     """
     query, key, value = autocast_inputs(query, key, value)
@@ -95,9 +99,10 @@ def stickbreaking_attention(
     kv_offset = key.shape[2] - query.shape[2] if kv_offset is None else kv_offset
     if backend == "naive":
         visibility = _visibility(key, kv_offset, attend_current, window, key_padding, validate)
-        with torch.autocast(query.device.type, enabled=False):
+        with _no_autocast(query.device):
             out, log_rem = naive_attention(query, key, value, scale=scale, visibility=visibility)
     else:
+        _refuse_tangents(query, key, value)
         out, log_rem, _, _ = ops.dense(
             query,
             key,
@@ -171,7 +176,7 @@ def stickbreaking_attention_varlen(
     if backend == "naive":
         checks.check_offsets("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
         checks.check_offsets("k", cu_seqlens_k, k.shape[0], max_seqlen_k)
-        with torch.autocast(q.device.type, enabled=False):
+        with _no_autocast(q.device):
             out, log_rem = naive_varlen(
                 q,
                 k,
@@ -182,6 +187,7 @@ def stickbreaking_attention_varlen(
                 window=window,
             )
     else:
+        _refuse_tangents(q, k, v)
         out, log_rem, _, _ = ops.varlen(
             q,
             k,
@@ -228,7 +234,7 @@ def stickbreaking_weights(
     kv_offset = key.shape[2] - query.shape[2] if kv_offset is None else kv_offset
     visibility = _visibility(key, kv_offset, attend_current, window, key_padding, validate=True)
     dtype = ops.remainder_dtype(query.dtype)
-    with torch.autocast(query.device.type, enabled=False):
+    with _no_autocast(query.device):
         weights, log_rem = naive_weights(
             query.to(dtype), key.to(dtype), scale=scale, visibility=visibility
         )
@@ -286,6 +292,29 @@ def autocast_inputs(*tensors: Tensor) -> tuple[Tensor, ...]:
         else x
         for x in tensors
     )
+
+
+def has_tangent(*tensors: Tensor) -> bool:
+    """Whether forward-mode derivatives are wanted: custom operators lose them without a word."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def _refuse_tangents(*tensors: Tensor) -> None:
+    if has_tangent(*tensors):
+        raise UnsupportedError(
+            "forward-mode derivatives (jvp): this backend has reverse-mode derivatives only; "
+            'pass backend="naive"'
+        )
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast switched off, on devices that have it."""
+    off: AbstractContextManager[object] = nullcontext()
+    if torch.amp.is_autocast_available(device.type):
+        off = torch.autocast(device.type, enabled=False)
+    return off
 
 
 def _needs_gradient(*tensors: Tensor) -> bool:

@@ -234,8 +234,12 @@ def _check(
 ) -> None:
     check_dense(query, key, key, enable_gqa=True, kv_offset=None, key_padding=None)
     check_options(scale, window, skip_tol)
-    if min(tile) < 1:
-        raise InvalidInputError(f"tile: expected at least one query and one key, got {tile}")
+    sizes: Any = tile  # whatever the caller gave
+    pair = isinstance(sizes, (tuple, list)) and len(sizes) == 2
+    if not pair or not all(isinstance(size, int) and size >= 1 for size in sizes):
+        raise InvalidInputError(
+            f"tile: expected two integers, at least one query and one key, got {tile!r}"
+        )
 
 
 def _log_tol(skip_tol: float | Literal["exact"], dtype: torch.dtype) -> float:

@@ -25,7 +25,7 @@ from sbattn.attention import (
     check_heads,
 )
 from sbattn.baselines import ForgettingAttention, SoftmaxAttention
-from sbattn.cache import KeyValueCache, LayerCache
+from sbattn.cache import KeyValueCache, LayerCache, unchanged_by_failure
 from sbattn.checks import check_options
 from sbattn.errors import InvalidInputError
 from sbattn.functional import Backend
@@ -100,7 +100,7 @@ class ModelConfig:
             if size is not None and size < 1:
                 raise InvalidInputError(f"{name}: expected at least 1, got {size}")
         for name in ("rope_theta", "norm_eps"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise InvalidInputError(
                     f"{name}: expected a positive number, got {getattr(self, name)}"
                 )
@@ -174,18 +174,19 @@ class CausalLM(nn.Module):
             UnsupportedError: for packed sequences with a cache, and gradients with a cache.
         """
         _check_ids(input_ids)
-        if cache is not None:
-            batch, length = input_ids.shape
-            key_padding = cache.bounds(batch, length, key_padding)
         x = self.embedding(input_ids)
-        for index, block in enumerate(self.blocks):
-            x = block(
-                x,
-                key_padding=key_padding,
-                cu_seqlens=cu_seqlens,
-                max_seqlen=max_seqlen,
-                cache=None if cache is None else cache.layers[index],
-            )
+        with unchanged_by_failure(cache):
+            if cache is not None:
+                batch, length = input_ids.shape
+                key_padding = cache.bounds(batch, length, key_padding)
+            for index, block in enumerate(self.blocks):
+                x = block(
+                    x,
+                    key_padding=key_padding,
+                    cu_seqlens=cu_seqlens,
+                    max_seqlen=max_seqlen,
+                    cache=None if cache is None else cache.layers[index],
+                )
         return self.lm_head(self.norm(x))
 
     def new_cache(self, batch: int, max_length: int) -> KeyValueCache:
@@ -215,7 +216,7 @@ class CausalLM(nn.Module):
         """
         _check_ids(input_ids)
         batch, length = input_ids.shape
-        if length < 1 or max_new_tokens < 0 or temperature < 0:
+        if length < 1 or max_new_tokens < 0 or not temperature >= 0:
             raise InvalidInputError(
                 "generate: expected a prompt of at least one token, max_new_tokens ≥ 0 and "
                 f"temperature ≥ 0; got {length}, {max_new_tokens} and {temperature}"

@@ -36,13 +36,13 @@ class Visibility:
     ) -> tuple[Tensor, Tensor]:
         """First visible key, and one past the last, of every query: `[B or 1, Lq]` integers.
 
-        Where nothing is visible, the end is not larger than the start.
+        Both are within the keys. Where nothing is visible, the end is not larger than the start.
         """
         positions = torch.arange(queries, device=device) + self.kv_offset
         ends = (positions + int(self.attend_current)).clamp(0, keys)[None]
         starts = torch.zeros_like(ends)
         if self.window is not None:
-            starts = (positions + int(self.attend_current) - self.window).clamp(min=0)[None]
+            starts = (positions + int(self.attend_current) - self.window).clamp(0, keys)[None]
         if self.key_start is not None:
             starts = torch.maximum(starts, self.key_start.to(starts)[:, None])
         if self.key_end is not None:

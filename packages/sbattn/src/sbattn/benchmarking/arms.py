@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sbattn import on_triton
 from sbattn.errors import InvalidInputError
 from sbattn.functional import stickbreaking_attention
 
@@ -76,7 +77,7 @@ def all_arms(device: torch.device) -> dict[str, Arm]:
     """
     backend = "triton" if device.type == "cuda" else "chunked"
     triton_missing = None
-    if device.type == "cuda" and find_spec("decapod_kernels") is None:
+    if device.type == "cuda" and not on_triton.INSTALLED:
         triton_missing = 'not installed: pip install "sbattn[triton]"'
     arms = {
         "skip": Arm(f"{backend}, skipping", partial(_ours, backend=backend)),

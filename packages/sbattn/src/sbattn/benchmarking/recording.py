@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from sbattn.writing import whole_file
+
 PACKAGES = ("sbattn", "decapod-kernels", "torch", "triton", "fla-core")
 
 
@@ -20,9 +22,8 @@ def record(path: Path, result: dict[str, Any]) -> None:
     """Write `result` and its circumstances as JSON, replacing an older file in one step."""
     document = {**circumstances(), **result}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with whole_file(path) as file:
+        file.write((json.dumps(document, indent=1) + "\n").encode())
 
 
 def circumstances() -> dict[str, Any]:

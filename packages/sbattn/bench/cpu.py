@@ -27,8 +27,8 @@ import torch
 
 from sbattn.benchmarking.arms import Arm, choose
 from sbattn.benchmarking.inputs import Problem, make_inputs
-from sbattn.benchmarking.measuring import ratio_interval, time_in_turns
 from sbattn.benchmarking.recording import record
+from sbattn.benchmarking.timing import ratio_interval, time_in_turns
 from sbattn.live import live_keys
 
 RESULTS = Path(__file__).parents[3] / "kernels" / "benchmarks" / "results"

@@ -13,7 +13,7 @@ import torch
 from sbattn.bench import Options, Row, main, measure
 from sbattn.benchmarking.arms import all_arms
 from sbattn.benchmarking.inputs import Problem, make_inputs
-from sbattn.benchmarking.measuring import ratio_interval, time_in_turns
+from sbattn.benchmarking.timing import ratio_interval, time_in_turns
 from sbattn.errors import InvalidInputError
 from sbattn.live import live_keys
 

@@ -69,3 +69,12 @@ def test_auto_on_a_gpu_takes_the_kernels_where_they_fit(monkeypatch: pytest.Monk
         x = torch.randn(1, 1, 40, 64, device="cuda", dtype=dtype)
         stickbreaking_attention(x, x, x)
     assert taken == [torch.bfloat16]
+
+
+def test_features_that_do_not_lie_side_by_side_are_refused_and_not_copied() -> None:
+    pytest.importorskip("decapod_kernels")
+    pytest.importorskip("triton")
+    x = torch.randn(1, 1, 3, 16)
+    turned = torch.randn(1, 1, 16, 3).transpose(2, 3)
+    with pytest.raises(UnsupportedError, match=r"keys: .* stride 3 .*contiguous"):
+        stickbreaking_attention(x, turned, x, backend="triton")

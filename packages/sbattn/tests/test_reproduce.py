@@ -286,6 +286,7 @@ def test_the_large_run_is_what_its_file_says() -> None:
         ({"recall": {}, "text": {}}, "either recall or text"),
         ({"recall": {}, "network": {}}, "network"),
         ({"recall": {"kyes": 3}}, "kyes"),
+        ({"recall": {"lengths": [64, 0]}}, "lengths"),
         ({"recall": {}, "model": {"hidden": 3}}, "hidden"),
         ({"recall": {}, "training": {"steps": 0}}, "steps"),
     ],

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sbattn.errors import InvalidInputError
-from sbattn.measuring import between, evaluate_recall, loss_by_position
+from sbattn.evaluation import between, evaluate_recall, loss_by_position
 from sbattn.model import CausalLM, ModelConfig
 from sbattn.tasks import IGNORED, MQRAR, Text, staggered_windows
 from sbattn.training import StepDone, TrainingConfig, lines, train
@@ -249,3 +249,20 @@ def test_losses_stand_at_the_positions_where_they_arise() -> None:
 def test_a_text_is_learned_as_any_task() -> None:
     text = Text(np.tile(np.arange(4), 50), TASK.vocab_size, "0123")
     assert np.mean(train(_model(), text, _config(steps=60))[-5:]) < 0.2
+
+
+def test_a_damaged_checkpoint_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    train(_model(), TASK, CONFIG, checkpoint=path)
+    whole = path.read_bytes()
+    for content in (b"no checkpoint", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(InvalidInputError, match=r"run\.pt is damaged"):
+            train(_model(), TASK, CONFIG, checkpoint=path)
+        assert path.read_bytes() == content
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said_before_training() -> None:
+    with pytest.raises(InvalidInputError, match="no GPU is here"):
+        train(_model(), TASK, _config(device="cuda"))

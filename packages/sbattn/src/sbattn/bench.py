@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sbattn.benchmarking.arms import Arm, choose
 from sbattn.benchmarking.inputs import Logits, Problem, make_inputs
-from sbattn.benchmarking.measuring import Work, peak_gpu_bytes, ratio_interval, time_in_turns
 from sbattn.benchmarking.recording import record
+from sbattn.benchmarking.timing import Work, peak_gpu_bytes, ratio_interval, time_in_turns
 from sbattn.errors import InvalidInputError, MissingExtraError, UnsupportedError
 from sbattn.live import live_tile_fraction
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sbattn.errors import InvalidInputError, MissingExtraError
+from sbattn.evaluation import between
 from sbattn.experiment import Experiment, run
-from sbattn.measuring import between
 from sbattn.model import Attention
 from sbattn.training import lines
 from sbattn.writing import whole_file

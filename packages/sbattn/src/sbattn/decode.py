@@ -87,7 +87,7 @@ def stickbreaking_decode(
         window,
         functional.skip_threshold(skip_tol, q.dtype),
         validate,
-        functional.choose_backend(backend, q, v_cache),
+        functional.choose_backend(backend, q, k_cache, v_cache),
     )
     return out, log_rem
 

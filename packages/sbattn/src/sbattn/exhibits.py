@@ -10,8 +10,8 @@ import numpy as np
 from decapod.claims import DataTable, Figure
 from decapod.report import palette
 from sbattn.certificates import LOGITS
+from sbattn.evaluation import between
 from sbattn.findings import FAR_LENGTH, NAMES, Floats, Runs, accuracy
-from sbattn.measuring import between
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

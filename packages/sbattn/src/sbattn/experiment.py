@@ -16,8 +16,8 @@ from typing import Any, Final, TypeVar
 import torch
 
 from sbattn.errors import InvalidInputError
+from sbattn.evaluation import evaluate_recall, loss_by_position
 from sbattn.live import model_live_fractions
-from sbattn.measuring import evaluate_recall, loss_by_position
 from sbattn.model import CausalLM, ModelConfig
 from sbattn.tasks import (
     MQRAR,
@@ -43,7 +43,7 @@ TINY: Final[dict[str, dict[str, Any]]] = {
 
 
 @dataclass(frozen=True)
-class Recall:
+class RecallData:
     """Associative recall, as `sbattn.tasks.MQRAR`, and the lengths at which it is tested.
 
     Attributes:
@@ -59,6 +59,13 @@ class Recall:
     reassign: bool = True
     lengths: tuple[int, ...] = (64, 128, 256, 512, 1024)
     sequences: int = 64
+
+    def __post_init__(self) -> None:
+        if not self.lengths or min(self.lengths) < 4 or self.sequences < 1:
+            raise InvalidInputError(
+                "lengths, sequences: expected at least 4 tokens (two pairs), and at least "
+                f"one sequence, got {list(self.lengths)} and {self.sequences}"
+            )
 
     def task(self) -> MQRAR:
         """The generator of sequences."""
@@ -126,7 +133,7 @@ class Experiment:
 
     model: ModelConfig
     training: TrainingConfig
-    data: Recall | TextData = field(default_factory=Recall)
+    data: RecallData | TextData = field(default_factory=RecallData)
 
     @classmethod
     def from_mapping(
@@ -148,9 +155,9 @@ class Experiment:
                 f"experiment: expected tables out of {list(known)}, with either recall or text; "
                 f"got {sorted(content)}"
             )
-        data: Recall | TextData
+        data: RecallData | TextData
         if "recall" in content:
-            data = _made(Recall, "recall", content["recall"])
+            data = _made(RecallData, "recall", content["recall"])
             vocab_size = data.task().vocab_size
         else:
             data = _made(TextData, "text", content["text"])
@@ -180,7 +187,7 @@ class Experiment:
     def smoke(self) -> Experiment:
         """The same experiment in two steps on a tiny model: every line of its way, no result."""
         data = self.data
-        if isinstance(data, Recall):
+        if isinstance(data, RecallData):
             data = dataclasses.replace(data, lengths=(64, 128), sequences=2)
         else:
             data = dataclasses.replace(data, **TINY["evaluation"])
@@ -246,7 +253,7 @@ def run(
             "loss": sum(tail) / len(tail),
         }
 
-    if isinstance(experiment.data, Recall):
+    if isinstance(experiment.data, RecallData):
         return _run_recall(model, experiment.data, learn)
     return _run_text(model, experiment.data, learn, config)
 
@@ -254,7 +261,7 @@ def run(
 _Learn = Callable[[Task], dict[str, Any]]
 
 
-def _run_recall(model: CausalLM, data: Recall, learn: _Learn) -> dict[str, Any]:
+def _run_recall(model: CausalLM, data: RecallData, learn: _Learn) -> dict[str, Any]:
     task = data.task()
     found = learn(task)
     measured = evaluate_recall(model, task, data.lengths, sequences=data.sequences)

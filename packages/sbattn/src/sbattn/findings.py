@@ -14,7 +14,7 @@ import numpy as np
 from decapod.claims import Evidence
 from sbattn.certificates import LOGITS, TOLERANCE
 from sbattn.errors import InvalidInputError
-from sbattn.measuring import between
+from sbattn.evaluation import between
 
 NAMES: Final = {
     "stickbreaking": "stick-breaking",

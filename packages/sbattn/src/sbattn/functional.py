@@ -94,7 +94,7 @@ def stickbreaking_attention(
         key_padding=key_padding,
     )
     checks.check_options(scale, window, skip_tol)
-    backend = choose_backend(backend, query, value)
+    backend = choose_backend(backend, query, key, value)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     kv_offset = key.shape[2] - query.shape[2] if kv_offset is None else kv_offset
     if backend == "naive":
@@ -171,7 +171,7 @@ def stickbreaking_attention_varlen(
     q, k, v = autocast_inputs(q, k, v)
     checks.check_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     checks.check_options(scale, window, skip_tol)
-    backend = choose_backend(backend, q, v)
+    backend = choose_backend(backend, q, k, v)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if backend == "naive":
         checks.check_offsets("q", cu_seqlens_q, q.shape[0], max_seqlen_q)
@@ -248,18 +248,26 @@ def skip_threshold(skip_tol: float | Literal["exact"], dtype: torch.dtype) -> fl
     return float(skip_tol)
 
 
-def choose_backend(backend: Backend, q: Tensor, v: Tensor) -> Backend:
+def choose_backend(backend: Backend, q: Tensor, k: Tensor, v: Tensor) -> Backend:
     """The backend to run: the named one if it can, or the fastest that can."""
     if backend not in _BACKENDS:
         raise InvalidInputError(f"backend: expected one of {_BACKENDS}, got {backend!r}")
     if backend == "auto":
         fits = on_triton.INSTALLED and q.device.type == "cuda" and _why_not_triton(q, v) is None
-        return "triton" if fits else "chunked"
-    if backend == "triton":
+        backend = "triton" if fits else "chunked"
+    elif backend == "triton":
         on_triton.require()
         reason = _why_not_triton(q, v)
         if reason is not None:
             raise UnsupportedError(f'backend: "triton" {reason}; use "chunked" or "auto"')
+    if backend == "triton":
+        # Neither copied in silence nor computed by something slow: it is the caller's to mend.
+        for what, x in (("queries", q), ("keys", k), ("values", v)):
+            if x.shape[-1] > 1 and x.stride(-1) != 1:
+                raise UnsupportedError(
+                    f"{what}: the Triton kernels read heads whose features lie side by side, got "
+                    f"stride {x.stride(-1)} in the last dimension; call .contiguous()"
+                )
     return backend
 
 

@@ -7,6 +7,7 @@ everything else, so a run that was interrupted ends where an undisturbed one wou
 from __future__ import annotations
 
 import math
+import pickle
 import sys
 import time
 from collections.abc import Callable
@@ -128,11 +129,13 @@ def train(
         The loss of every step, mean over its targets, those before the interruption included.
 
     Raises:
-        InvalidInputError: the checkpoint is of another run.
+        InvalidInputError: the checkpoint is of another run, or damaged; or there is no such device.
         FloatingPointError: a loss that is not finite; the last checkpoint is kept.
         OSError: the checkpoint cannot be read or written.
     """
     device = torch.device(config.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InvalidInputError(f"device: {config.device} was asked for, and no GPU is here")
     model.to(device).train()
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
@@ -231,7 +234,13 @@ def _resume(
     task: Task,
     config: TrainingConfig,
 ) -> list[float]:
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        raise InvalidInputError(
+            f"checkpoint: {path} is damaged, or no checkpoint ({error}). Name another file, or "
+            "delete it."
+        ) from error
     ours = _identity(model, task, config)
     for name, value in ours.items():
         if state["identity"][name] != value:

@@ -1,1 +1,1 @@
-"""Timing the operator beside its peers: inputs, arms, measuring, and the record of a run."""
+"""Timing the operator beside its peers: inputs, arms, timing, and the record of a run."""

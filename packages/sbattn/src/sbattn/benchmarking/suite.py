@@ -24,7 +24,7 @@ from torch import Tensor
 from sbattn.bench import Options, Pass, measure, work_of
 from sbattn.benchmarking.arms import Arm, all_arms
 from sbattn.benchmarking.inputs import Logits, Problem, make_inputs
-from sbattn.benchmarking.measuring import peak_gpu_bytes, ratio_interval, time_in_turns
+from sbattn.benchmarking.timing import peak_gpu_bytes, ratio_interval, time_in_turns
 from sbattn.benchmarking.trained import trained_layers
 from sbattn.decode import stickbreaking_decode
 from sbattn.functional import stickbreaking_attention

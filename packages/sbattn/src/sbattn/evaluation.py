@@ -20,7 +20,7 @@ _TOKENS_AT_ONCE: Final = 16384  # a forward pass of small models
 _EVALUATION: Final = 1  # a stream of random numbers; training has another
 
 
-class Recall(NamedTuple):
+class RecallScore(NamedTuple):
     """Share of right answers, mean loss in nats, and how many questions they are of."""
 
     accuracy: float
@@ -30,7 +30,7 @@ class Recall(NamedTuple):
 
 def evaluate_recall(
     model: CausalLM, task: MQRAR, lengths: Iterable[int], *, sequences: int = 64, seed: int = 0
-) -> dict[int, Recall]:
+) -> dict[int, RecallScore]:
     """How well questions are answered in fresh sequences, by their length.
 
     Args:
@@ -56,7 +56,7 @@ def evaluate_recall(
             right += int((logits.argmax(dim=-1) == targets).sum())
             loss += float(token_losses(logits, targets).sum())
         questions = int((batch.targets != IGNORED).sum())
-        found[length] = Recall(right / questions, loss / questions, questions)
+        found[length] = RecallScore(right / questions, loss / questions, questions)
     return found
 
 

@@ -255,7 +255,7 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     train(_model(), TASK, CONFIG, checkpoint=path)
     whole = path.read_bytes()
-    for content in (b"no checkpoint", whole[: len(whole) // 2]):
+    for content in (b"", b"no checkpoint", whole[: len(whole) // 2]):
         path.write_bytes(content)
         with pytest.raises(InvalidInputError, match=r"run\.pt is damaged"):
             train(_model(), TASK, CONFIG, checkpoint=path)

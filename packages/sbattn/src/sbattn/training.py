@@ -7,9 +7,9 @@ everything else, so a run that was interrupted ends where an undisturbed one wou
 from __future__ import annotations
 
 import math
-import pickle
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -234,13 +234,11 @@ def _resume(
     task: Task,
     config: TrainingConfig,
 ) -> list[float]:
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+    if not zipfile.is_zipfile(path):  # as torch writes them; the index is at the end
         raise InvalidInputError(
-            f"checkpoint: {path} is damaged, or no checkpoint ({error}). Name another file, or "
-            "delete it."
-        ) from error
+            f"checkpoint: {path} is damaged, or no checkpoint. Name another file, or delete it."
+        )
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     ours = _identity(model, task, config)
     for name, value in ours.items():
         if state["identity"][name] != value:

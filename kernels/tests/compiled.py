@@ -62,7 +62,7 @@ def forward(dtype: str, head_dim: int, *, capability: int, packed: bool = False)
     from decapod_kernels.stickbreaking.forward import _forward_kernel
 
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    config = forward_config(head_dim, torch_dtype, divmod(capability, 10))
+    config = forward_config(head_dim, torch_dtype, divmod(capability, 10), 16384)
     return Case(
         kernel=_forward_kernel,
         types={

@@ -234,11 +234,12 @@ def test_one_visible_key_has_the_right_gradient_however_saturated(
     torch.testing.assert_close(dk[:, 0, 0, 0].cpu().double(), dz * z, rtol=rtol, atol=0)
 
 
-def test_saturated_keys_within_long_rows(device: torch.device) -> None:
+@pytest.mark.parametrize("logit", [14.0, 27.0])
+def test_saturated_keys_within_long_rows(logit: float, device: torch.device) -> None:
     """A key that takes the whole stick, in mid-tile, between keys that take next to nothing."""
     q, k, v, d_out, d_log_rem = inputs(queries=128, keys=128, mean=-6.0, device=device)
     k[:, :, 40, 0] = 4 * 9.0
-    k[:, :, 77, 0] = 4 * 14.0
+    k[:, :, 77, 0] = 4 * logit
     call = (q, k, v, d_out, d_log_rem)
     saved, grads = kernel_gradients(*call, log2_tol=NEVER)
     true = true_gradients(*call)
@@ -272,6 +273,15 @@ def test_an_early_exit_is_differentiated_as_it_was_computed(
     saved, grads = kernel_gradients(*call, log2_tol=log2_tol)
     assert saved.stop.max() > 0  # something was skipped
     assert_close(grads, truncated_gradients(call, saved.stop, TILES.forward.block_q))
+
+
+def test_row_blocks_may_be_longer_than_those_that_stopped(device: torch.device) -> None:
+    """The forward's blocks of 32 rows stop each at their own key; the backward's have 64."""
+    call = inputs(queries=160, keys=160, mean=-1.0, device=device)
+    longer = replace(TILES, rows_block=64, keys_block=64)
+    saved, grads = kernel_gradients(*call, config=longer, log2_tol=-6.0)
+    assert len(saved.stop.unique()) > 2
+    assert_close(grads, truncated_gradients(call, saved.stop, block_q=32))
 
 
 def test_an_exact_early_exit_changes_gradients_by_rounding_only(device: torch.device) -> None:

@@ -324,3 +324,15 @@ def test_native_kernels_give_the_definition(device, dim, dtype) -> None:
         tolerance = TOLERANCE[dtype]
         torch.testing.assert_close(result.out.cpu().double(), out, rtol=tolerance, atol=tolerance)
     agree(forward(q, k, v, scale=dim**-0.5, log2_tol=NEVER), q, k, v, scale=dim**-0.5)
+
+
+@pytest.mark.parametrize("where", ["q", "k"])
+@pytest.mark.parametrize("at", [0, 30, 31, 47])
+def test_rows_that_see_what_is_no_number_are_no_numbers(device, where, at) -> None:
+    q, k, v = inputs(device, heads=(1, 1), lengths=(60, 60), shift=-6.0)
+    {"q": q, "k": k}[where][0, 0, at, 3] = math.nan
+    out, log_rem, _, _ = forward(q, k, v, scale=1.0)
+    rows = torch.arange(60, device=device)
+    broken = rows > at if where == "k" else (rows == at) & (rows > 0)  # row 0 sees nothing
+    assert torch.equal(out[0, 0].isnan().any(-1), broken)
+    assert torch.equal(log_rem[0, 0].isnan(), broken)

@@ -74,6 +74,33 @@ def test_committed_evidence_follows_from_the_committed_jobs_with_todays_code(out
         )
 
 
+def test_quoted_means_of_all_arms_are_those_of_the_committed_jobs() -> None:
+    text = (SITE / "experiments.md").read_text(encoding="utf-8")
+    assert [line for line in arm_rows() if line not in text] == []
+
+
+def arm_rows() -> list[str]:
+    """Lines of the tables of all arms: mean accuracy by length; mean loss near and far."""
+    accuracy: dict[str, list[list[float]]] = {}
+    loss: dict[str, list[list[float]]] = {}
+    for line in (OUTCOME.parent / "jobs" / "jobs-0of1.jsonl").read_text("utf-8").splitlines():
+        found = json.loads(line)["value"]
+        purpose = found.get("purpose")
+        if purpose == "recall":
+            by_length = [entry["accuracy"] for entry in found["recall"]]
+            accuracy.setdefault(found["attn"], []).append(by_length)
+        elif purpose == "text":
+            blocks = found["by_position"]  # of 128 bytes
+            near_and_far = [blocks[1], sum(blocks[8:]) / len(blocks[8:])]
+            loss.setdefault(found["attn"], []).append(near_and_far)
+    lines = []
+    for runs in (accuracy, loss):
+        for attn, values in runs.items():
+            means = [sum(column) / len(column) for column in zip(*values, strict=True)]
+            lines.append(f"| {attn} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
+    return lines
+
+
 @pytest.mark.parametrize("part", ["time", "memory"])
 def test_quoted_measurements_on_the_cpu_are_the_committed_ones(part: str) -> None:
     found = json.loads((TIMES / f"cpu-{part}.json").read_text(encoding="utf-8"))

@@ -10,14 +10,14 @@ import triton
 import triton.language as tl
 
 from decapod_kernels.stickbreaking.backward_tile import (
+    block_stop,
     logit_gradient,
     mask_logits,
     tile_weights,
-    triangles,
     visible_interval,
 )
 from decapod_kernels.stickbreaking.layout import sequence
-from decapod_kernels.stickbreaking.maths import dot
+from decapod_kernels.stickbreaking.maths import dot, tile_keys
 
 
 @triton.jit
@@ -26,14 +26,13 @@ def _add_rows(
     dv,
     kt,
     vt,
-    nearer,
-    farther,
     b,
     h,
     m,
+    stop,
+    largest_stop,
     Q,
     DO,
-    Stop,
     EdgeAcc,
     EdgeFar,
     stride_qb,
@@ -42,8 +41,6 @@ def _add_rows(
     stride_dob,
     stride_doh,
     stride_dol,
-    stop_b,
-    stop_h,
     stride_tilesb,
     stride_tilesh,
     q_start,
@@ -63,18 +60,20 @@ def _add_rows(
     BDV: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    STOP_ROWS: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """dk and dv, and what row block m of head h adds to them."""
-    key = tile_begin + tl.arange(0, BN)
+    key = tile_begin + tile_keys(BN)
     row = m * BM + tl.arange(0, BM)
-    stop = tl.load(Stop + b * stop_b + h * stop_h + row // STOP_ROWS, mask=row < Lq, other=0)
     lo, hi = visible_interval(row, first, last, offset, window, ATTEND_CURRENT)
     lo = tl.maximum(lo, stop)
-    # Edges of other rows were not written.
+    # Whether every row sees the whole tile.
+    top = m * BM + offset + ATTEND_CURRENT
+    all_lo = tl.maximum(tl.maximum(first, largest_stop), top + (BM - 1) - window)
+    all_see = (all_lo <= tile_begin) & (tl.minimum(top, last) >= tile_begin + BN)
     real = (row >= row_begin) & (row < tl.minimum(Lq, row_end))
-    real = real & (tl.maximum(lo, tile_begin) < tl.minimum(hi, tile_begin + BN))
+    # Edges of rows that see nothing of the tile were not written.
+    sees = real & (tl.maximum(lo, tile_begin) < tl.minimum(hi, tile_begin + BN))
     at = (q_start + m * BM).to(tl.int64)
     row_in_block = tl.arange(0, BM)
     c = tl.arange(0, BDK)[None, :]
@@ -98,14 +97,16 @@ def _add_rows(
         other=0.0,
     )
     edge = b * stride_tilesb + h * stride_tilesh + (at - row_begin)
-    acc = tl.load(EdgeAcc + edge + row_in_block, mask=real, other=0.0)
-    F = tl.load(EdgeFar + edge + row_in_block, mask=real, other=0.0)
-    t = dot(q, kt, tl.zeros([BM, BN], tl.float32), UPCAST) * scale_log2
-    t = mask_logits(t, key, lo, hi)
-    weight, signed_x = tile_weights(t, acc, nearer, UPCAST)
+    acc = tl.load(EdgeAcc + edge + row_in_block, mask=sees, other=0.0)
+    F = tl.load(EdgeFar + edge + row_in_block, mask=sees, other=0.0)
+    t = dot(q, kt, None, UPCAST) * scale_log2
+    g = dot(do, vt, None, UPCAST)
+    if not all_see:
+        t = mask_logits(t, key, lo, hi)
+    weight, x, rest = tile_weights(t, acc)
     dv = dot(tl.trans(do), weight.to(do.dtype), dv, UPCAST)
-    a = weight * dot(do, vt, tl.zeros([BM, BN], tl.float32), UPCAST)
-    dz = logit_gradient(signed_x, a, F, farther, UPCAST)
+    a = weight * g
+    dz, _ = logit_gradient(a, x, rest, F)
     dk = dot(tl.trans(q), dz.to(q.dtype), dk, UPCAST)
     return dk, dv
 
@@ -190,7 +191,7 @@ def keys_kernel(
     in_block = tl.program_id(1)
     tile_begin = (superblock_index * TILES + in_block) * BN
     if tile_begin < Lk:
-        key = tile_begin + tl.arange(0, BN)
+        key = tile_begin + tile_keys(BN)
         inside = (key < Lk)[:, None]
         key_row = (k_start + key).to(tl.int64)[:, None]
         c = tl.arange(0, BDK)[None, :]
@@ -210,9 +211,8 @@ def keys_kernel(
         # Transposed outside the loop, they stay in shared memory.
         kt = tl.trans(k)
         vt = tl.trans(v)
-        nearer, farther = triangles(BN, Q.dtype.element_ty == tl.float32)
         if PARTIAL:
-            sums = (in_block * BN + tl.arange(0, BN)).to(tl.int64)[:, None]
+            sums = (in_block * BN + tile_keys(BN)).to(tl.int64)[:, None]
             sums_dk = tl.load(
                 DKeys
                 + split * stride_dks
@@ -265,30 +265,26 @@ def keys_kernel(
         for i in range(m_count * GROUP):
             m = m_begin + (i // GROUP) * splits
             h = kv_head * GROUP + i % GROUP
+            stop, least_stop, largest_stop = block_stop(
+                Stop + b * stop_b + h * stop_h, m * BM, Lq, BM, STOP_ROWS
+            )
             # With skipping a dead row block costs one load, but loads are not pipelined.
             alive = True
             if SKIP:
-                alive = False
-                for part in tl.static_range((BM + STOP_ROWS - 1) // STOP_ROWS):
-                    at = m * BM // STOP_ROWS + part
-                    stop = tl.load(
-                        Stop + b * stop_b + h * stop_h + at, mask=at < stop_blocks, other=2147483647
-                    )
-                    alive = alive | (stop < tile_begin + BN)
+                alive = least_stop < tile_begin + BN
             if alive:
                 dk, dv = _add_rows(
                     dk,
                     dv,
                     kt,
                     vt,
-                    nearer,
-                    farther,
                     b,
                     h,
                     m,
+                    stop,
+                    largest_stop,
                     Q,
                     DO,
-                    Stop,
                     EdgeAcc,
                     EdgeFar,
                     stride_qb,
@@ -297,8 +293,6 @@ def keys_kernel(
                     stride_dob,
                     stride_doh,
                     stride_dol,
-                    stop_b,
-                    stop_h,
                     stride_tilesb,
                     stride_tilesh,
                     q_start,
@@ -318,11 +312,10 @@ def keys_kernel(
                     BDV,
                     BM,
                     BN,
-                    STOP_ROWS,
                     UPCAST,
                 )
         if PARTIAL:
-            out_row = (in_block * BN + tl.arange(0, BN)).to(tl.int64)[:, None]
+            out_row = (in_block * BN + tile_keys(BN)).to(tl.int64)[:, None]
         else:
             out_row = key_row
             dk = dk * scale

@@ -258,20 +258,22 @@ def backward_config(
             keys_warps=4,
             keys_stages=1,
         )
-    # NOTES.md has what was weighed. Larger tiles of keys would halve the edges, but spill.
+    # Rows, warps, stages: NOTES.md has what was weighed. Tensor cores want 16 rows per warp, or
+    # warps compute the same twice: only capability 8.0 at 256 has less, for want of registers.
     if dtype == torch.float32:
         rows = keys = (16, 4 if head_dim <= 64 else 8, 1)
         block_k = 16
-    elif head_dim > 128:
-        rows = keys = (32, 8, 1)
-        block_k = 32
+    elif capability >= (9, 0):
+        rows = (128, 8, 2 if head_dim <= 128 else 1)
+        keys = (128, 8, 2 if head_dim <= 64 else 1)
+        block_k = 64 if head_dim <= 128 else 32
     else:
         block_k = 32
-        rows = (128, 8, 2)
-        keys = (128, 8, 2 if head_dim <= 64 else 1)
-        if capability < (9, 0):
-            keys = (128, 8, 1) if head_dim <= 64 else (64, 8, 2)
-            rows = (64, 8, 2)
+        if head_dim > 128:
+            rows = keys = (32, 8, 1)
+        else:
+            rows = (128, 8, 2)
+            keys = (128, 8, 1) if head_dim <= 64 else (64, 4, 2)
     return BackwardConfig(
         forward,
         rows_block=rows[0],

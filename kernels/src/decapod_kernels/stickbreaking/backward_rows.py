@@ -10,14 +10,15 @@ import triton
 import triton.language as tl
 
 from decapod_kernels.stickbreaking.backward_tile import (
+    block_stop,
     logit_gradient,
     mask_logits,
+    tile_taken,
     tile_weights,
-    triangles,
     visible_interval,
 )
 from decapod_kernels.stickbreaking.layout import sequence
-from decapod_kernels.stickbreaking.maths import dot, softplus2
+from decapod_kernels.stickbreaking.maths import dot, tile_keys
 
 
 @triton.jit
@@ -95,7 +96,9 @@ def rows_kernel(
     row = row_begin + block * BM + tl.arange(0, BM)
     real = row < tl.minimum(Lq, row_end)
     lo, hi = visible_interval(row, first, last, offset, window, ATTEND_CURRENT)
-    stop = tl.load(Stop + b * stop_b + h * stop_h + row // STOP_ROWS, mask=real, other=0)
+    stop, _, largest_stop = block_stop(
+        Stop + b * stop_b + h * stop_h, row_begin + block * BM, Lq, BM, STOP_ROWS
+    )
     left = superblock_index * (TILES * BN)
     right = left + TILES * BN
     lo = tl.maximum(tl.maximum(lo, stop), left)
@@ -128,7 +131,7 @@ def rows_kernel(
             other=0.0,
         )
         # What of an address does not change from tile to tile.
-        key_in_tile = tl.arange(0, BN)
+        key_in_tile = tile_keys(BN)
         k_in_tile = key_in_tile[:, None] * stride_kl + dk
         v_in_tile = key_in_tile[:, None] * stride_vl + dv
         K += b * stride_kb + (h // GROUP) * stride_kh + k_start.to(tl.int64) * stride_kl
@@ -147,6 +150,10 @@ def rows_kernel(
         )
         tile_begin = begin // BN
         tile_end = tl.cdiv(end, BN)
+        # Keys that every row sees: the tiles between need no mask.
+        top = row_begin + block * BM + offset + ATTEND_CURRENT
+        all_lo = tl.maximum(tl.maximum(first, largest_stop), top + (BM - 1) - window)
+        all_hi = tl.minimum(top, last)
 
         for i in range(tile_end - 1 - tile_begin):
             tile = tile_end - 1 - i
@@ -160,9 +167,10 @@ def rows_kernel(
                 mask=inside if DK == BDK else inside & (dk < DK),
                 other=0.0,
             )
-            t = dot(q, tl.trans(k), tl.zeros([BM, BN], tl.float32), UPCAST) * scale_log2
-            sp, _ = softplus2(mask_logits(t, key, lo, hi))
-            acc -= tl.sum(sp, axis=1)
+            t = dot(q, tl.trans(k), None, UPCAST) * scale_log2
+            if (tile * BN < all_lo) | ((tile + 1) * BN > all_hi):
+                t = mask_logits(t, key, lo, hi)
+            acc -= tile_taken(t)
         tl.store(
             EdgeAcc + edge + (tile_begin - superblock_index * TILES) * stride_tilesn, acc, mask=real
         )
@@ -171,7 +179,6 @@ def rows_kernel(
 
         far_at = Far + b * far_b + h * far_h + start * far_l + row_in_block * far_l
         F = tl.load(far_at, mask=real, other=0.0)
-        nearer, farther = triangles(BN, Q.dtype.element_ty == tl.float32)
         dq = tl.zeros([BM, BDK], tl.float32)
         for i in range(tile_end - tile_begin):
             tile = tile_begin + i
@@ -190,13 +197,14 @@ def rows_kernel(
             )
             acc = tl.load(EdgeAcc + at, mask=real, other=0.0)
             tl.store(EdgeFar + at, F, mask=real)
-            t = dot(q, tl.trans(k), tl.zeros([BM, BN], tl.float32), UPCAST) * scale_log2
-            t = mask_logits(t, key, lo, hi)
-            weight, signed_x = tile_weights(t, acc, nearer, UPCAST)
-            a = weight * dot(do, tl.trans(v), tl.zeros([BM, BN], tl.float32), UPCAST)
-            dz = logit_gradient(signed_x, a, F, farther, UPCAST)
+            t = dot(q, tl.trans(k), None, UPCAST) * scale_log2
+            g = dot(do, tl.trans(v), None, UPCAST)
+            if (tile * BN < all_lo) | ((tile + 1) * BN > all_hi):
+                t = mask_logits(t, key, lo, hi)
+            weight, x, rest = tile_weights(t, acc)
+            a = weight * g
+            dz, F = logit_gradient(a, x, rest, F)
             dq = dot(dz.to(k.dtype), k, dq, UPCAST)
-            F += tl.sum(a, axis=1)
         tl.store(far_at, F, mask=real)
         dq_at = (
             DQ

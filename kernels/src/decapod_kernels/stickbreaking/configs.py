@@ -69,6 +69,9 @@ def forward_config(
             return ForwardConfig(block_q=32, block_k=32, superblock=superblock, warps=4, stages=1)
         return ForwardConfig(block_q=16, block_k=16, superblock=superblock, warps=4, stages=1)
     if head_dim > 128:
+        if capability >= (9, 0):
+            # 128 rows, as two warp groups have, or they would compute the same twice.
+            return ForwardConfig(block_q=128, block_k=16, superblock=superblock, warps=8, stages=2)
         return ForwardConfig(block_q=64, block_k=32, superblock=superblock, warps=8, stages=2)
     if capability < (9, 0):
         block_k = 64 if head_dim <= 64 else 32

@@ -67,33 +67,35 @@ def break_stick(t, acc):
     t is cut at 24 in them; what is cut off is taken from the stick after the four. So a key just
     behind a saturated one weighs at most 2^-24 of the stick, where the definition says 2^-t.
     """
-    BM: tl.constexpr = t.shape[0]
-    GROUPS: tl.constexpr = t.shape[1] // 16
-    t = tl.permute(tl.reshape(t, [BM, GROUPS, 2, 4, 2]), (0, 3, 1, 2, 4))
-    even, odd = tl.split(t)
-    t0, t2 = tl.split(even)
-    t1, t3 = tl.split(odd)  # each [BM, 4 lanes, GROUPS]
-    x0 = tl.exp2(tl.minimum(t0, 24.0))
-    x1 = tl.exp2(tl.minimum(t1, 24.0))
-    x2 = tl.exp2(tl.minimum(t2, 24.0))
-    x3 = tl.exp2(tl.minimum(t3, 24.0))
+    t0, t1, t2, t3 = in_fours(t)
+    x0 = tl.exp2(at_most(t0, 24.0))
+    x1 = tl.exp2(at_most(t1, 24.0))
+    x2 = tl.exp2(at_most(t2, 24.0))
+    x3 = tl.exp2(at_most(t3, 24.0))
     e1 = (x0 + x1) + x0 * x1
     e2 = (e1 + x2) + e1 * x2
     e3 = (e2 + x3) + e2 * x3
     log = _log2_1p_large(e3)
-    cut = (tl.maximum(t0, 24.0) + tl.maximum(t1, 24.0)) + (
-        tl.maximum(t2, 24.0) + tl.maximum(t3, 24.0)
-    )
-    nearer, lane_sum = _exclusive_suffix(log + (cut - 96.0))
-    nearer_lanes, taken = _lane_suffix(lane_sum)
+    cut = (_at_least_24(t0) + _at_least_24(t1)) + (_at_least_24(t2) + _at_least_24(t3))
+    nearer, lane_sum = group_sums(log + (cut - 96.0), NEARER=True)
+    nearer_lanes, taken = lane_sums(lane_sum, NEARER=True)
     stick = tl.exp2((acc[:, None] - nearer_lanes)[:, :, None] - nearer - log)
     w0 = x0 * stick
     w1 = (x1 + x1 * x0) * stick
     w2 = (x2 + x2 * e1) * stick
     w3 = (x3 + x3 * e2) * stick
-    weights = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [BM, lanes, GROUPS, 2, 2]
-    weights = tl.reshape(tl.permute(weights, (0, 2, 3, 1, 4)), [BM, 16 * GROUPS])
-    return weights, acc - taken
+    return from_fours(w0, w1, w2, w3), acc - taken
+
+
+@triton.jit
+def at_most(t, limit: tl.constexpr):
+    """The smaller of the two. What is no number stays so: a broken model must not look sound."""
+    return tl.minimum(t, limit, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _at_least_24(t):
+    return tl.maximum(t, 24.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -106,8 +108,35 @@ def _log2_1p_large(e):
 
 
 @triton.jit
-def _exclusive_suffix(x):
-    """Sums along the last dimension right of each element, and of all: a tree in registers."""
+def in_fours(x):
+    """A tile `[BM, BN]` with keys ordered by `tile_keys`, as four `[BM, 4 lanes, BN / 16]`.
+
+    These are the far to near keys of groups of four adjacent ones, and all of it moves nothing.
+    """
+    BM: tl.constexpr = x.shape[0]
+    GROUPS: tl.constexpr = x.shape[1] // 16
+    x = tl.permute(tl.reshape(x, [BM, GROUPS, 2, 4, 2]), (0, 3, 1, 2, 4))
+    even, odd = tl.split(x)
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def from_fours(x0, x1, x2, x3):
+    """The tile that `in_fours` took apart."""
+    BM: tl.constexpr = x0.shape[0]
+    GROUPS: tl.constexpr = x0.shape[2]
+    x = tl.join(tl.join(x0, x2), tl.join(x1, x3))  # [BM, lanes, GROUPS, 2, 2]
+    return tl.reshape(tl.permute(x, (0, 2, 3, 1, 4)), [BM, 16 * GROUPS])
+
+
+@triton.jit
+def group_sums(x, NEARER: tl.constexpr):
+    """Sums along the last dimension of all to the right of each element (NEARER), or to its left.
+
+    The element itself is never in them, nor subtracted: a tree in registers. And the sum of all.
+    """
     BM: tl.constexpr = x.shape[0]
     LANES: tl.constexpr = x.shape[1]
     SIZE: tl.constexpr = x.shape[2]
@@ -116,22 +145,26 @@ def _exclusive_suffix(x):
         total = tl.reshape(x, [BM, LANES])
     else:
         far, near = tl.split(tl.reshape(x, [BM, LANES, SIZE // 2, 2]))
-        nearer, total = _exclusive_suffix(far + near)
-        sums = tl.reshape(tl.join(nearer + near, nearer), [BM, LANES, SIZE])
+        pairs, total = group_sums(far + near, NEARER)
+        if NEARER:
+            sums = tl.reshape(tl.join(pairs + near, pairs), [BM, LANES, SIZE])
+        else:
+            sums = tl.reshape(tl.join(pairs, pairs + far), [BM, LANES, SIZE])
     return sums, total
 
 
 @triton.jit
-def _lane_suffix(x):
+def lane_sums(x, NEARER: tl.constexpr):
     """The same over 4 lanes, `x` [BM, 4], by exchange between them."""
     BM: tl.constexpr = x.shape[0]
     x = tl.reshape(x, [BM, 2, 2])
-    right = tl.arange(0, 2) == 1
-    near = tl.sum(tl.where(right[None, None, :], x, 0.0), axis=2)  # of each pair of lanes
+    # Of each pair of lanes, and of pairs: the one that the other has in its sum.
+    given = tl.arange(0, 2) == (1 if NEARER else 0)
+    one = tl.sum(tl.where(given[None, None, :], x, 0.0), axis=2)
     pair = tl.sum(x, axis=2)
-    near_pair = tl.sum(tl.where(right[None, :], pair, 0.0), axis=1)
-    within = tl.where(right[None, None, :], 0.0, near[:, :, None])
-    beyond = tl.where(right[None, :], 0.0, near_pair[:, None])
+    one_pair = tl.sum(tl.where(given[None, :], pair, 0.0), axis=1)
+    within = tl.where(given[None, None, :], 0.0, one[:, :, None])
+    beyond = tl.where(given[None, :], 0.0, one_pair[:, None])
     return tl.reshape(within + beyond[:, :, None], [BM, 4]), tl.sum(pair, axis=1)
 
 

@@ -1,8 +1,9 @@
 """Every check of this repository. `python -m nox -l` lists the sessions.
 
 Projects are the folders under `packages/` that hold a `pyproject.toml`, and `kernels/`; nothing
-about them is written here a second time. After `--`, the first words may name packages (import names); the rest
-goes to the tool of the session: `python -m nox -s tests -- hpreliability -k ranks`.
+about them is written here a second time. After `--`, the first words may name packages (import
+names); the rest goes to the tool of the session:
+`python -m nox -s tests -- hpreliability -k ranks`.
 """
 
 from __future__ import annotations

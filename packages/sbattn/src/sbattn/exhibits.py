@@ -145,7 +145,7 @@ def _lines(axes: Axes, x: Sequence[float], curves: Mapping[str, Floats]) -> None
             bounds = [aggregate(column, "mean") for column in curve.T]
             low, high = [b.low for b in bounds], [b.high for b in bounds]
             axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
-    axes.legend(loc="best")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)  # above the curves
 
 
 def tables(

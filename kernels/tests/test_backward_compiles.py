@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-from compiled import Resources
+import compiled_backward
+from compiled import SHARED, Resources, compile_in_subprocess, other_compiler
 from compiled_backward import CASES
 
-# What a program may use on compute capability 8.0 and 9.0, in bytes.
-SHARED = {80: 163 * 1024, 90: 227 * 1024}
+pytestmark = other_compiler
+
 # Bytes that do not fit the registers, and are not touched often: NOTES.md has what was tried.
 SPILLED = {
     ("rows-bf16-64", 90): 16,
@@ -42,19 +37,7 @@ SPILLED = {
 
 
 def compile_cases(capability: int, *names: str) -> dict[str, Resources]:
-    """Compiled by a process without the interpreter."""
-    environment = dict(os.environ) | {"TRITON_DEFAULT_FP_FUSION": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    program = str(Path(__file__).with_name("compiled_backward.py"))
-    lines = subprocess.run(
-        [sys.executable, program, str(capability), *names],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    ).stdout.splitlines()
-    results = [json.loads(line) for line in lines]
-    return {result.pop("name"): Resources(**result) for result in results}
+    return compile_in_subprocess(capability, *names, program=compiled_backward.__file__)
 
 
 def check(name: str, made: Resources, capability: int) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from compiled import CASES, Resources, compile_in_subprocess
+from compiled import CASES, SHARED, Resources, compile_in_subprocess, other_compiler
 
-# What a program may use on compute capability 8.0 and 9.0, in bytes.
-SHARED = {80: 163 * 1024, 90: 227 * 1024}
+pytestmark = other_compiler
+
 TENSOR_CORE = {80: "HMMA", 90: "HGMMA"}
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sbattn.bench import Options, Row, main, measure
+from sbattn.bench import main
 from sbattn.benchmarking.arms import all_arms
+from sbattn.benchmarking.comparison import Options, Row, measure
 from sbattn.benchmarking.inputs import Problem, make_inputs
 from sbattn.benchmarking.timing import ratio_interval, time_in_turns
 from sbattn.errors import InvalidInputError

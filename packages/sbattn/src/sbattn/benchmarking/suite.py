@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sbattn.bench import Options, Pass, measure, work_of
 from sbattn.benchmarking.arms import Arm, all_arms
+from sbattn.benchmarking.comparison import Options, Pass, measure, work_of
 from sbattn.benchmarking.inputs import Logits, Problem, make_inputs
 from sbattn.benchmarking.timing import peak_gpu_bytes, ratio_interval, time_in_turns
 from sbattn.benchmarking.trained import trained_layers

@@ -94,7 +94,8 @@ def segment_kernel(
     high = tokens - queries + query + ATTEND_CURRENT
     low = tl.maximum(high - window, 0)
 
-    prior = tl.zeros([BM], tl.float32)
+    # Summed with the sign turned: Triton 3.6 rewrites a loop that adds, and fails over its result.
+    spent = tl.zeros([BM], tl.float32)
     for chunk in range(0, first, BS):
         nearer = chunk + tl.arange(0, BS)
         rho = tl.load(
@@ -102,14 +103,15 @@ def segment_kernel(
             mask=real[:, None] & (nearer < first)[None, :],
             other=0.0,
         )
-        prior += tl.sum(rho, axis=1)
+        spent -= tl.sum(rho, axis=1)
+    prior = -spent
 
     # Written so that a row of NaN counts as open, and its NaN comes out.
     waiting = real & ~(prior < stop) & (low < right)
-    live = (right > left) & (tl.max(waiting.to(tl.int32), axis=0) > 0)
+    needed = (right > left) & (tl.max(waiting.to(tl.int32), axis=0) > 0)
     segment = (first + tl.program_id(1)).to(tl.int64)
     acc = tl.zeros([BM], tl.float32)
-    if live:
+    if needed:
         dk = tl.arange(0, BDK)
         dv = tl.arange(0, BDV)
         q_at = batch * stride_qb + query.to(tl.int64) * stride_qt + head * stride_qh
@@ -117,6 +119,8 @@ def segment_kernel(
             Q + q_at[:, None] + dk[None, :], mask=real[:, None] & (dk < DK)[None, :], other=0.0
         )
         out = tl.zeros([BM, BDV], tl.float32)
+        # Named last of what the loop carries: Triton 3.6 breaks down over one named before tensors.
+        live = needed
         while live:
             for tile in tl.range(0, STEP, num_stages=STAGES):
                 key = right - (tile + 1) * BN + tl.arange(0, BN)

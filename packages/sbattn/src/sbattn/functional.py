@@ -68,6 +68,8 @@ def stickbreaking_attention(
             roundoff (2^-24; 2^-53 for float64); 0 never ends a search early; a larger value
             changes each output by at most `skip_tol · max|value|`, each remainder by `skip_tol`.
         return_log_remainder: return the remainder's natural logarithm, which does not underflow.
+            Where keys were skipped, it and its gradient are those of the visited keys, and no bound
+            says how far the whole one is: pass `skip_tol=0` for that.
         backend: "triton" (CUDA, or Triton's interpreter), "chunked" (any device, linear memory),
             "naive" (the definition; quadratic memory; no skipping) or "auto": Triton where it is
             installed and fits, chunked elsewhere.
@@ -153,7 +155,7 @@ def stickbreaking_attention_varlen(
         attend_current: whether a query sees the key of its own position.
         window: how many positions back a query sees; None is all.
         skip_tol: what may be left of a row's stick when its search ends.
-        return_log_remainder: return the remainder's natural logarithm.
+        return_log_remainder: return the remainder's natural logarithm; see there for skipping.
         backend: as in `stickbreaking_attention`. On an accelerator "chunked" and "naive" wait for
             the device to learn the offsets.
         validate: check the content of the offsets on an accelerator, too, which waits for it. On

@@ -54,6 +54,8 @@ def test_an_interrupted_run_keeps_its_checkpoint_and_ends_as_an_undisturbed_one(
 
     watcher = threading.Thread(target=interrupt_after_the_first_checkpoint)
     monkeypatch.setattr(sys, "argv", command(broken))
+    # Shells start what runs in the background with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     watcher.start()
     try:
         with pytest.raises(SystemExit, match="goes on from its checkpoint"):
@@ -61,6 +63,7 @@ def test_an_interrupted_run_keeps_its_checkpoint_and_ends_as_an_undisturbed_one(
     finally:
         ended.set()
         watcher.join()
+        signal.signal(signal.SIGINT, before)
     state = torch.load(broken / "checkpoint.pt", weights_only=True)
     assert 20 <= len(state["losses"]) < 50
     capsys.readouterr()

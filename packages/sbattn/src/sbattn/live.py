@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from sbattn.attention import StickBreakingAttention
 from sbattn.checks import check_dense, check_options
 from sbattn.errors import InvalidInputError
+from sbattn.functional import skip_threshold
+from sbattn.ops import remainder_dtype
 from sbattn.positions import token_positions
 from sbattn.visibility import Visibility
 
@@ -203,7 +205,7 @@ def _walks(
     tile: tuple[int, int],
 ) -> Iterator[_Walk]:
     """The blocks of queries that see anything."""
-    queries, keys, dtype = query.shape[2], key.shape[2], _precise(query.dtype)
+    queries, keys, dtype = query.shape[2], key.shape[2], remainder_dtype(query.dtype)
     visibility = Visibility(kv_offset=keys - queries, attend_current=attend_current, window=window)
     starts, ends = (bound[0] for bound in visibility.intervals(queries, keys, query.device))
     for begin in range(0, queries, tile[0]):
@@ -243,11 +245,6 @@ def _check(
 
 
 def _log_tol(skip_tol: float | Literal["exact"], dtype: torch.dtype) -> float:
-    """Natural log of the tolerance; "exact" is the unit roundoff of the accumulation."""
-    if isinstance(skip_tol, str):
-        return math.log(torch.finfo(_precise(dtype)).eps / 2)
-    return math.log(skip_tol) if skip_tol else -math.inf
-
-
-def _precise(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    """Natural log of the tolerance."""
+    tolerance = skip_threshold(skip_tol, dtype)
+    return math.log(tolerance) if tolerance else -math.inf

@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +142,15 @@ def test_logprobs_are_those_of_a_teacher_forced_forward_before_temperature_and_c
             forced = subject.model(ids).logits.log_softmax(-1)[0, len(request.prompt) - 1 : -1]
         expected = forced.gather(-1, torch.tensor(answer.token_ids)[:, None])[:, 0]
         np.testing.assert_allclose(answer.logprobs, expected.numpy(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("params", PARAMS[:2], ids=["greedy", "sampled"])
+def test_logprobs_of_sampler_and_model_are_equal_where_nothing_is_reshaped(
+    subject: Subject, params: SamplingParams
+) -> None:
+    of_sampler = replace(params, logprobs_of="sampler")
+    answers = subject.engine.generate(sample_requests(some_prompts(), params))
+    assert subject.engine.generate(sample_requests(some_prompts(), of_sampler)) == answers
 
 
 def test_greedy_tokens_are_the_most_probable_ones(subject: Subject) -> None:

@@ -21,6 +21,7 @@ from decapod.lm import Request, SamplingParams, sample_requests
         ("stop", "Question:", r"write \('Question:',\)"),
         ("stop", ("",), "empty"),
         ("stop_token_ids", (-3,), "at least 0"),
+        ("logprobs_of", "raw", "'model' or 'sampler', got 'raw'"),
     ],
 )
 def test_a_parameter_out_of_range_is_refused_by_name(field: str, value: object, words: str) -> None:

@@ -192,6 +192,32 @@ def test_ragged_batches_equal_a_teacher_forced_forward_in_other_architectures(na
         np.testing.assert_allclose(answer.logprobs, expected.numpy(), atol=1e-5, rtol=0)
 
 
+def test_logprobs_of_the_sampler_stand_beside_those_of_the_model_in_one_batch(model) -> None:
+    requests = [
+        Request(random_prompt(5 + i, seed=i), SamplingParams(20, *how, logprobs_of=of), i, f"{i}")
+        for i, how in enumerate([(0.0,), (1.0,), (0.7,), (1.0, 0.9), (1.3, 1.0, 9), (0.8, 0.9, 12)])
+        for of in ("model", "sampler")
+    ]
+    answers = TransformersEngine(model).generate(requests)
+    for of_model, of_sampler in zip(answers[::2], answers[1::2], strict=True):
+        assert of_model.token_ids == of_sampler.token_ids
+    for request, answer in zip(requests, answers, strict=True):
+        ids = torch.tensor([[*request.prompt, *answer.token_ids]])
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(request.prompt) - 1 : -1].double()
+        params = request.params
+        if params.logprobs_of == "sampler" and params.temperature:
+            logits /= params.temperature
+            if params.top_k:
+                logits[logits < logits.topk(params.top_k).values[:, -1:]] = -torch.inf
+            if params.top_p < 1:
+                ordered, order = logits.sort(descending=True)
+                before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+                logits.scatter_(-1, order, ordered.masked_fill(before >= params.top_p, -torch.inf))
+        expected = logits.log_softmax(-1).gather(-1, torch.tensor(answer.token_ids)[:, None])
+        np.testing.assert_allclose(answer.logprobs, expected[:, 0].numpy(), atol=1e-5, rtol=0)
+
+
 def test_greedy_answers_equal_those_of_transformers_generate(model) -> None:
     prompts = [random_prompt(length, seed=length) for length in (3, 8, 21)]
     answers = TransformersEngine(model).generate(sample_requests(prompts, SamplingParams(24, 0.0)))
@@ -265,6 +291,36 @@ def test_generation_leaves_modes_gradients_and_random_state_as_they_were(model) 
     assert token_ids(engine.generate(requests)) == token_ids(first)  # no dropout
     training(torch.tensor([[5, 6]]), labels=torch.tensor([[5, 6]])).loss.backward()
     assert training.transformer.wte.weight.grad is not None
+
+
+def test_answers_that_come_batch_by_batch_are_those_of_one_call(model) -> None:
+    prompts = [random_prompt(length, seed=length) for length in (30, 4, 17, 9)]
+    requests = sample_requests(prompts, SamplingParams(8), n=3)
+    engine = TransformersEngine(model, max_batch_size=5)
+    with forward_shapes(model) as shapes:
+        answers = engine.iterate(requests)
+        assert shapes == []
+        first = next(answers)
+        begun = len(shapes)
+        found = dict([first, *answers])
+        assert begun < len(shapes)
+    assert [found[i] for i in range(len(requests))] == engine.generate(requests)
+
+
+def test_between_two_answers_the_model_can_be_trained(model) -> None:
+    engine = TransformersEngine(model.train(), max_batch_size=1)
+    try:
+        for _ in engine.iterate(sample_requests([[5, 6], [7]], SamplingParams(3), n=2)):
+            assert model.training
+            assert torch.is_grad_enabled()
+    finally:
+        model.eval()
+
+
+def test_requests_that_come_batch_by_batch_are_refused_by_the_call(model) -> None:
+    requests = [Request((5,), SamplingParams(4)), Request((), SamplingParams(4))]
+    with pytest.raises(RequestError, match="at least one token"):
+        TransformersEngine(model).iterate(requests)
 
 
 def test_weights_changed_in_place_are_those_that_generate() -> None:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest
 
-from decapod.lm.sampling import allowed, choose, uniform
+from decapod.lm.sampling import allowed, choose, sampler_logprobs, uniform
 
 WORD = 2**64
 GAMMA = 0x9E3779B97F4A7C15
@@ -133,3 +133,41 @@ def test_greedy_rows_stand_beside_drawn_rows() -> None:
         )
         assert drawn[row] == alone[0]
     assert torch.equal(drawn[temperature == 0], logprobs.argmax(-1)[temperature == 0])
+
+
+@given(
+    st.lists(st.integers(1, 40), min_size=2, max_size=12),
+    st.integers(0, 14),
+    st.integers(1, 100),
+    st.floats(0.2, 3.0),
+)
+@settings(max_examples=100, deadline=None)
+def test_logprobs_of_the_sampler_are_those_of_the_kept_tokens_renormalised(
+    weights: list[int], top_k: int, percent: int, temperature: float
+) -> None:
+    top_p = 1.0 if percent == 100 else (percent + 0.4142135) / 100
+    tempered = (np.array(weights) / sum(weights)) ** (1 / temperature)
+    tempered /= tempered.sum()
+    found = sampler_logprobs(
+        torch.tensor(weights, dtype=torch.float64).log().log_softmax(-1)[None],
+        torch.tensor([temperature], dtype=torch.float64),
+        torch.tensor([top_k]),
+        torch.tensor([top_p]),
+    )[0].exp()
+    kept = sorted(found.nonzero()[:, 0].tolist())
+    expected = np.zeros(len(weights))
+    expected[kept] = tempered[kept] / tempered[kept].sum()
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-12)
+    # Tokens of equal weight after rounding may be cut either way; their number may not.
+    assert abs(len(kept) - len(reference_cut(tempered.tolist(), top_k, top_p))) <= 1
+
+
+def test_logprobs_of_the_sampler_of_a_greedy_row_are_those_of_the_model() -> None:
+    logprobs = torch.randn(2, 40, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    found = sampler_logprobs(
+        logprobs,
+        torch.tensor([0.0, 1.0], dtype=torch.float64),
+        torch.tensor([3, 0]),
+        torch.tensor([0.5, 1.0], dtype=torch.float64),
+    )
+    np.testing.assert_allclose(found.numpy(), logprobs.numpy(), atol=1e-6)

@@ -31,16 +31,17 @@ ENGINE = TransformersEngine(build_model(len(TOKENIZER), init_std=0.1), TOKENIZER
 class Loopback(ThreadingHTTPServer):
     """An OpenAI-compatible server around the tiny model.
 
-    ``faults`` holds what to do with the next requests instead of answering them: a status, or one
-    of the names in :meth:`Handler.do_POST`. ``always`` does it with all of them.
+    ``faults`` holds what to do with the next requests instead of answering them: a status, one of
+    the names in :meth:`Handler.do_POST`, or fields to change in the answer. ``always`` does it with
+    all of them.
     """
 
     daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.faults: list[int | str] = []
-        self.always: int | str | None = None
+        self.faults: list[int | str | dict] = []
+        self.always: int | str | dict | None = None
         self.dies_after: int | None = None
         self.gives_token_ids = True
         self.bodies: list[dict] = []
@@ -85,6 +86,8 @@ class Handler(BaseHTTPRequestHandler):
             elif fault == "slow":
                 time.sleep(1.0)
                 self.close_connection = True
+            elif isinstance(fault, dict):
+                self.answer(body, fault)
             elif fault == "nonsense":
                 self.send(200, b"<html>welcome</html>")
             else:
@@ -93,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
             with server.lock:
                 server.in_flight -= 1
 
-    def answer(self, body: dict) -> None:
+    def answer(self, body: dict, changes: dict | None = None) -> None:
         chat = self.path.endswith("/chat/completions")
         prompt = body["messages"] if chat else body["prompt"]
         if chat:
@@ -125,6 +128,7 @@ class Handler(BaseHTTPRequestHandler):
             choice["logprobs"] = {"token_logprobs": answer.logprobs}
         if body.get("return_token_ids") and self.server.gives_token_ids:
             choice["token_ids"] = answer.token_ids
+        choice |= changes or {}
         self.send(200, json.dumps({"choices": [choice]}).encode())
 
     def send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
@@ -334,6 +338,40 @@ def test_a_server_without_token_ids_is_named_as_such(server) -> None:
     server.gives_token_ids = False
     with pytest.raises(ServerError, match=r"does not return token ids.*ServerTextGenerator"):
         client(server).generate(some_requests(1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"token_ids": [5]}, "1 token ids and 8 log-probabilities"),
+        ({"finish_reason": "abort"}, "ended it early: finish_reason is 'abort'"),
+        (
+            {"token_ids": [5] * 9, "logprobs": {"token_logprobs": [-1.0] * 9}},
+            "9 tokens, 8 asked for",
+        ),
+    ],
+)
+def test_an_answer_whose_fields_do_not_fit_is_refused(server, changes, words) -> None:
+    server.always = changes
+    params = SamplingParams(8, ignore_eos=True)
+    with pytest.raises(ServerError, match=words):
+        client(server).generate([Request((5, 6), params)])
+
+
+def test_silence_is_told_from_other_faults(server) -> None:
+    for fault, timeout in (("slow", 0.2), ("drop", 30)):
+        server.always = fault
+        with pytest.raises(ServerError) as caught:
+            client(server, retries=0, timeout=timeout).generate(some_requests(1))
+        assert caught.value.timed_out == (fault == "slow")
+
+
+def test_paths_that_only_some_servers_have_can_be_asked_with_the_same_care(server) -> None:
+    server.faults = [503]
+    body = {"prompt": [5], "max_tokens": 2, "temperature": 0, "top_p": 1, "seed": 0}
+    found = client(server).post_all([("completions", body)] * 2, lambda i, c: (i, c["text"]))
+    assert [index for index, _ in found] == [0, 1]
+    assert len(server.bodies) == 3
 
 
 def test_an_answer_that_cannot_be_read_is_shown(server) -> None:

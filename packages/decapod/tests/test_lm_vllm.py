@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from decapod.lm import (
+    Request,
+    RequestError,
     SamplingParams,
     ServerEngine,
     ServerError,
@@ -24,6 +26,7 @@ from decapod.lm import (
     build_tokenizer,
     sample_requests,
 )
+from decapod.lm.sampling import sampler_logprobs
 
 pytestmark = [
     pytest.mark.vllm,
@@ -156,15 +159,58 @@ def test_a_prompt_that_is_too_long_is_refused_with_what_the_server_says(server) 
     assert "96" in str(caught.value)
 
 
-def test_logprobs_after_temperature_are_refused(folder: Path, monkeypatch) -> None:
+@pytest.fixture(scope="module")
+def processed(folder: Path):
     from vllm import LLM
 
     from decapod.lm import VLLMEngine
 
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    llm = LLM(
-        str(folder), dtype="float32", max_model_len=96, enforce_eager=True,
-        logprobs_mode="processed_logprobs",
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="raw_logprobs"):
-        VLLMEngine(llm)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        yield VLLMEngine(
+            LLM(
+                str(folder), dtype="float32", max_model_len=96, enforce_eager=True,
+                logprobs_mode="processed_logprobs",
+            )
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("how", [(0.0,), (1.0,), (0.7,), (1.3, 1.0, 9), (0.8, 0.9, 12)])
+def test_logprobs_of_the_sampler_are_those_of_the_tempered_and_cut_distribution(
+    processed, reference, how
+) -> None:
+    import torch
+
+    params = SamplingParams(16, *how, logprobs_of="sampler")
+    requests = sample_requests(PROMPTS, params, seed=3, n=2)
+    for request, answer in zip(requests, processed.generate(requests), strict=True):
+        ids = torch.tensor([[*request.prompt, *answer.token_ids]])
+        with torch.no_grad():
+            forced = reference.model(ids).logits.log_softmax(-1)[0, len(request.prompt) - 1 : -1]
+        rows = torch.ones(len(forced))
+        expected = sampler_logprobs(
+            forced, rows.double() * params.temperature, rows.long() * params.top_k,
+            rows.double() * params.top_p,
+        ).gather(-1, torch.tensor(answer.token_ids)[:, None])[:, 0]  # fmt: skip
+        np.testing.assert_allclose(answer.logprobs, expected.numpy(), atol=1e-5, rtol=0)
+
+
+def test_logprobs_that_the_llm_does_not_give_are_refused_with_the_remedy(processed) -> None:
+    of_model, of_sampler = (
+        Request((1, 5), SamplingParams(4, 0.7, logprobs_of=of), id=of)
+        for of in ("model", "sampler")
+    )
+    with pytest.raises(RequestError, match=r"logprobs_of.*'raw_logprobs'") as caught:
+        processed.generate([of_sampler, of_model])
+    assert caught.value.id == "model"
+    for equal in (SamplingParams(4, 0.0), SamplingParams(4, 1.0)):
+        assert processed.generate([Request((1, 5), equal)])
+
+
+def test_an_llm_that_gives_logits_is_refused(processed, monkeypatch) -> None:
+    from decapod.lm import VLLMEngine
+
+    config = processed.llm.llm_engine.model_config
+    monkeypatch.setattr(config, "logprobs_mode", "raw_logits")
+    with pytest.raises(ValueError, match="'raw_logits'; make"):
+        VLLMEngine(processed.llm)

@@ -92,7 +92,7 @@ def serve() -> None:
     """The main loop of a local worker: jobs come on standard input, outcomes leave on output."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
-    inbox_end, outbox_end = _take_standard_streams()
+    inbox_end, outbox_end = take_standard_streams()
     inbox: queue.SimpleQueue[tuple[bytes, Mapping[str, Any]] | None] = queue.SimpleQueue()
     # Reading in a thread of its own tells us at once when the parent is gone, even in mid-job.
     threading.Thread(target=_listen, args=(inbox_end, inbox.put), daemon=True).start()
@@ -101,7 +101,8 @@ def serve() -> None:
         send(outbox_end, execute(*order))
 
 
-def _take_standard_streams() -> tuple[int, int]:
+def take_standard_streams() -> tuple[int, int]:
+    """Standard input and output as descriptors for messages; prints go to standard error."""
     # Jobs that print, or read standard input, must not get in between the messages.
     inbox, outbox = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDONLY)

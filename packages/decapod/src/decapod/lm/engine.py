@@ -17,6 +17,7 @@ import numpy as np
 from decapod.seeding import Seeds
 
 FinishReason = Literal["stop", "length"]
+LogprobsOf = Literal["model", "sampler"]
 SEED_LIMIT = 2**63
 
 
@@ -54,6 +55,10 @@ class SamplingParams:
         stop_token_ids: tokens that end an answer, beside the model's own end-of-sequence tokens.
         stop: texts that end an answer as soon as one appears in what was generated.
         ignore_eos: do not stop at the model's own end-of-sequence tokens.
+        logprobs_of: whose log-probabilities an answer carries. ``"model"``: before temperature,
+            ``top_k`` and ``top_p``. ``"sampler"``: of the distribution that tokens are drawn from,
+            that is log-softmax of the logits divided by ``temperature`` after the cuts; at
+            temperature 0 it is that of the model.
 
     Raises:
         ValueError: a value out of its range.
@@ -66,6 +71,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     stop: Sequence[str] = ()
     ignore_eos: bool = False
+    logprobs_of: LogprobsOf = "model"
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -88,6 +94,16 @@ class SamplingParams:
             raise ValueError(
                 f"stop_token_ids: expected ids of at least 0, got {self.stop_token_ids}"
             )
+        if self.logprobs_of not in ("model", "sampler"):
+            raise ValueError(
+                f"logprobs_of: expected 'model' or 'sampler', got {self.logprobs_of!r}"
+            )
+
+    @property
+    def draws_from_model(self) -> bool:
+        """Whether log-probabilities of the sampler and of the model are the same numbers."""
+        uncut = self.top_k == 0 and self.top_p == 1
+        return self.temperature == 0 or (self.temperature == 1 and uncut)
 
 
 @dataclass(frozen=True)
@@ -126,9 +142,9 @@ class Completion:
 
     Attributes:
         token_ids: the generated tokens; with ``"stop"`` the last one is the token that ended it.
-        logprobs: natural log-probability of each of them under the *model*: before temperature,
-            ``top_k`` and ``top_p``. Policy gradients, importance ratios and divergences need this
-            number; it equals that of the sampling distribution at temperature 1 without cuts.
+        logprobs: natural log-probability of each of them: under the *model*, before temperature,
+            ``top_k`` and ``top_p``, or under the distribution that they were drawn from, as
+            ``params.logprobs_of`` asks. The two are equal at temperature 1 without cuts.
         finish_reason: ``"stop"`` at a stop token or text, ``"length"`` at ``max_new_tokens``.
         id: of the request.
     """

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ from decapod.lm.engine import (
     RequestError,
     check_requests,
 )
-from decapod.lm.sampling import choose
+from decapod.lm.sampling import choose, sampler_logprobs
 from decapod.lm.waves import batches, share_prefixes
 
 # Ended rows stay until they are this share of the batch: leaving costs a copy of the cache.
@@ -125,6 +126,19 @@ class TransformersEngine:
             RequestError: a request cannot be served; nothing was generated.
             EngineError: the model gave log-probabilities that are not numbers.
         """
+        answers = dict(self.iterate(requests))
+        return [answers[i] for i in range(len(requests))]
+
+    def iterate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
+        """Answers as batches of them are done, each with the place of its request; see `generate`.
+
+        The model may be used between two answers, but its weights must stay until the last: the
+        keys and values of prompts that were computed go on being used.
+
+        Raises:
+            RequestError: a request cannot be served; raised by the call, not by the first answer.
+            EngineError: the model gave log-probabilities that are not numbers.
+        """
         check_requests(requests, vocab_size=self.vocab_size, max_length=self.max_length)
         for index, request in enumerate(requests):
             if request.params.stop and self.tokenizer is None:
@@ -132,31 +146,37 @@ class TransformersEngine:
                     index, request.id, "params.stop: the engine has no tokenizer to read its "
                     "tokens as text; make it with one, or use stop_token_ids"
                 )  # fmt: skip
+        return self._iterate(requests)
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Evaluation mode without gradients, and every module back in the mode it was in."""
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
             with torch.no_grad():
-                return self._generate(requests)
+                yield
         finally:
             for module, training in modes:
                 module.training = training
 
-    def _generate(self, requests: Sequence[Request]) -> list[Completion]:
+    def _iterate(self, requests: Sequence[Request]) -> Iterator[tuple[int, Completion]]:
         shared = share_prefixes([request.prompt[:-1] for request in requests])
         shared.sort(key=lambda root: len(root[0]))
-        answers: dict[int, Completion] = {}
         lengths = [len(context) for context, _ in shared]
         for some in batches(lengths, self.max_batch_size, self.max_batch_tokens):
             roots = [shared[i] for i in some]
-            cache = self._prefill([context for context, _ in roots])
+            # Modes are put back before answers are handed over: the caller may train meanwhile.
+            with self._evaluating():
+                cache = self._prefill([context for context, _ in roots])
             pairs = [(row, index) for row, (_, users) in enumerate(roots) for index in users]
             sizes = [len(requests[i].prompt) + requests[i].params.max_new_tokens for _, i in pairs]
             for chunk in batches(sizes, self.max_batch_size, self.max_batch_tokens):
                 indices = [pairs[i][1] for i in chunk]
                 batch = [requests[i] for i in indices]
-                done = self._decode(batch, cache, [pairs[i][0] for i in chunk])
-                answers.update(zip(indices, done, strict=True))
-        return [answers[i] for i in range(len(requests))]
+                with self._evaluating():
+                    done = self._decode(batch, cache, [pairs[i][0] for i in chunk])
+                yield from zip(indices, done, strict=True)
 
     def _forward(self, **inputs: Any) -> Any:
         if "position_ids" not in self._takes:
@@ -216,7 +236,7 @@ class TransformersEngine:
             state.last = choose(
                 scores, state.temperature, state.top_k, state.top_p, state.seeds, step
             )
-            chosen = scores.gather(-1, state.last[:, None])[:, 0]
+            chosen = state.logprobs(scores)
             tokens[state.rows, step] = state.last
             logprobs[state.rows, step] = chosen.to(logprobs.dtype)
             stop = (state.last[:, None] == state.stops).any(-1)
@@ -289,6 +309,7 @@ class _Rows:
     top_k: torch.Tensor
     top_p: torch.Tensor
     seeds: torch.Tensor
+    reshaped: torch.Tensor  # asks for log-probabilities of a sampler that is not the model
 
     @classmethod
     def of(cls, batch: Sequence[Request], eos: frozenset[int], device: torch.device) -> _Rows:
@@ -311,7 +332,22 @@ class _Rows:
             top_k=column([p.top_k for p in params]),
             top_p=column([p.top_p for p in params], torch.float64),
             seeds=column([request.seed for request in batch]),
+            reshaped=column(
+                [p.logprobs_of == "sampler" and not p.draws_from_model for p in params], torch.bool
+            ),
         )
+
+    def logprobs(self, scores: torch.Tensor) -> torch.Tensor:
+        """Of the last tokens, as each row asks for it; from (rows, vocabulary) of the model."""
+        chosen = scores.gather(-1, self.last[:, None])[:, 0]
+        rows = self.reshaped.nonzero()[:, 0]
+        if len(rows):
+            drawn_from = sampler_logprobs(
+                scores[rows], self.temperature[rows], self.top_k[rows], self.top_p[rows]
+            )
+            found = drawn_from.gather(-1, self.last[rows, None])[:, 0]
+            chosen[rows] = found.to(chosen.dtype)
+        return chosen
 
     def select(self, keep: torch.Tensor) -> _Rows:
         """The rows of these places."""

@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import vllm
 
-from decapod.lm.engine import Completion, EngineError, Request, check_requests
+from decapod.lm.engine import (
+    Completion,
+    EngineError,
+    LogprobsOf,
+    Request,
+    RequestError,
+    check_requests,
+)
 
 if TYPE_CHECKING:
     import torch
+
+_LOGPROBS_OF: dict[str, LogprobsOf] = {"raw_logprobs": "model", "processed_logprobs": "sampler"}
 
 
 class VLLMEngine:
@@ -21,20 +30,25 @@ class VLLMEngine:
     as its arithmetic is, but other ones than :class:`TransformersEngine` draws. Among equally
     probable tokens, ``top_k`` keeps all.
 
+    Whose log-probabilities it can give is decided when the model is made: those of the model by
+    default, those of the sampler with ``LLM(..., logprobs_mode="processed_logprobs")``.
+
     Args:
         llm: the model, made with whatever vLLM's options the machine needs.
 
     Raises:
-        ValueError: ``llm`` reports log-probabilities after temperature and cuts.
+        ValueError: ``llm`` reports logits in place of log-probabilities.
     """
 
     def __init__(self, llm: vllm.LLM) -> None:
         config = llm.llm_engine.model_config
-        if config.logprobs_mode != "raw_logprobs":
+        if config.logprobs_mode not in _LOGPROBS_OF:
             raise ValueError(
-                "llm: expected logprobs_mode='raw_logprobs' (log-probabilities of the model), got "
-                f"{config.logprobs_mode!r}; leave that option of vllm.LLM alone"
+                "llm: expected logprobs_mode='raw_logprobs' (log-probabilities of the model) or "
+                "'processed_logprobs' (of the sampler), got "
+                f"{config.logprobs_mode!r}; make vllm.LLM with one of the two"
             )
+        self.logprobs_of: LogprobsOf = _LOGPROBS_OF[config.logprobs_mode]
         self.llm = llm
         self.max_length: int = config.max_model_len
         self.vocab_size: int = config.get_vocab_size()
@@ -58,6 +72,15 @@ class VLLMEngine:
             EngineError: the model gave log-probabilities that are not numbers.
         """
         check_requests(requests, vocab_size=self.vocab_size, max_length=self.max_length)
+        for index, request in enumerate(requests):
+            wanted = request.params.logprobs_of
+            if wanted != self.logprobs_of and not request.params.draws_from_model:
+                mode = next(mode for mode, of in _LOGPROBS_OF.items() if of == wanted)
+                raise RequestError(
+                    index, request.id, f"params.logprobs_of: this vllm.LLM gives those of the "
+                    f"{self.logprobs_of}, got {wanted!r}; make it with logprobs_mode={mode!r}, or "
+                    f"ask for {self.logprobs_of!r}"
+                )  # fmt: skip
         if not requests:
             return []
         # Prompts that begin alike stand together, so that cached blocks are still there.

@@ -100,10 +100,39 @@ def choose(
     greedy = temperature == 0
     if bool(greedy.all()):
         return logprobs.argmax(-1)
-    scores = logprobs.double() / torch.where(greedy, 1.0, temperature)[:, None]
+    scores = _reshaped(logprobs, temperature, top_k, top_p)
     noisy = scores - torch.log(-torch.log(uniform(seeds, step, scores.shape[-1])))
+    return torch.where(greedy, logprobs.argmax(-1), noisy.argmax(-1))
+
+
+def sampler_logprobs(
+    logprobs: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+) -> torch.Tensor:
+    """Log-probabilities of the distribution that :func:`choose` draws from.
+
+    Args:
+        logprobs: (rows, vocabulary) of the model.
+        temperature: (rows,) float64; 0 leaves the model's distribution as it is.
+        top_k: (rows,) int64, as in :func:`allowed`.
+        top_p: (rows,) float64, as in :func:`allowed`.
+
+    Returns:
+        (rows, vocabulary) float64; minus infinity for what is cut.
+    """
+    return _reshaped(logprobs, temperature, top_k, top_p).log_softmax(-1)
+
+
+def _reshaped(
+    logprobs: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor
+) -> torch.Tensor:
+    """Divided by the temperature and cut, not renormalised, float64."""
+    greedy = temperature == 0
+    scores = logprobs.double() / torch.where(greedy, 1.0, temperature)[:, None]
     cut = ((top_k > 0) | (top_p < 1)) & ~greedy
     if bool(cut.any()):
         kept = allowed(scores[cut], top_k[cut], top_p[cut])
-        noisy[cut] = noisy[cut].masked_fill(~kept, -torch.inf)
-    return torch.where(greedy, logprobs.argmax(-1), noisy.argmax(-1))
+        scores[cut] = scores[cut].masked_fill(~kept, -torch.inf)
+    return scores

@@ -33,6 +33,7 @@ class ServerError(EngineError):
         finished: what was answered before, by its place in the list that was asked for; keep it
             and ask for the rest.
         total: length of that list.
+        timed_out: whether the last try ended because the server was silent for too long.
     """
 
     def __init__(
@@ -42,9 +43,12 @@ class ServerError(EngineError):
         status: int | None,
         finished: Mapping[int, Any] | None = None,
         total: int = 1,
+        *,
+        timed_out: bool = False,
     ) -> None:
         self.problem, self.url, self.status = problem, url, status
         self.finished, self.total = dict(finished or {}), total
+        self.timed_out = timed_out
         shown = "no answer" if status is None else f"status {status}"
         super().__init__(
             f"POST {url}: {shown}: {problem} ({len(self.finished)} of {total} were finished before)"
@@ -115,8 +119,9 @@ class ServerEngine:
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Answers by token ids, in the order of the requests.
 
-        Log-probabilities are those that the server gives: of the model with vLLM, unless it was
-        started with another ``--logprobs-mode``.
+        Log-probabilities are those that the server gives, whatever ``params.logprobs_of`` asks:
+        with vLLM's, those of the model, or those of the sampler if it was started with
+        ``--logprobs-mode processed_logprobs``. Answers do not say which, so it cannot be checked.
 
         Raises:
             RequestError: a prompt is empty; nothing was sent. Whether it is too long or not in the
@@ -137,14 +142,14 @@ class ServerEngine:
         def read(index: int, choice: Mapping[str, Any]) -> Completion:
             if choice.get("token_ids") is None:
                 raise KeyError("token_ids")
-            return Completion(
-                tuple(int(token) for token in choice["token_ids"]),
-                tuple(float(value) for value in choice["logprobs"]["token_logprobs"]),
-                "length" if choice["finish_reason"] == "length" else "stop",
-                requests[index].id,
+            return answer(
+                requests[index],
+                choice["token_ids"],
+                choice["logprobs"]["token_logprobs"],
+                choice["finish_reason"],
             )
 
-        return self._post_all([("completions", body) for body in bodies], read)
+        return self.post_all([("completions", body) for body in bodies], read)
 
     def complete(
         self, prompts: Sequence[Prompt], params: SamplingParams, seeds: Sequence[int]
@@ -177,14 +182,26 @@ class ServerEngine:
                 return str(choice["text"])
             return str(choice["message"]["content"] or "")
 
-        return self._post_all(asked, read)
+        return self.post_all(asked, read)
 
-    def _post_all(
+    def post_all(
         self,
         asked: Sequence[tuple[str, dict[str, Any]]],
         read: Callable[[int, Mapping[str, Any]], T],
     ) -> list[T]:
-        """Send all bodies to their paths; what ``read`` makes of each first choice, in order."""
+        """Send many bodies, for endpoints that the other methods do not know.
+
+        Args:
+            asked: path, relative to ``base_url``, and body of each.
+            read: makes an answer of a request's place and the first of the ``choices`` that came
+                back. ValueError, KeyError, TypeError and IndexError in it are server errors.
+
+        Returns:
+            What ``read`` gave, in order.
+
+        Raises:
+            ServerError: a request failed for good.
+        """
         gave_up = threading.Event()
         failures: list[ServerError] = []  # in the order in which they happened
         limits = httpx.Limits(max_connections=self.concurrency)
@@ -219,7 +236,12 @@ class ServerEngine:
                 if not future.cancelled() and future.exception() is None
             }
             raise ServerError(
-                first.problem, first.url, first.status, finished, len(asked)
+                first.problem,
+                first.url,
+                first.status,
+                finished,
+                len(asked),
+                timed_out=first.timed_out,
             ) from first
         return [future.result() for future in futures]
 
@@ -228,10 +250,12 @@ class ServerEngine:
     ) -> httpx.Response:
         for attempt in range(self.retries + 1):
             status: int | None = None
+            timed_out = False
             pause = min(_LONGEST_WAIT, self.backoff * 2**attempt) * random.uniform(0.5, 1)
             try:
                 response = client.post(url, json=body)
             except httpx.TransportError as error:
+                timed_out = isinstance(error, httpx.TimeoutException)
                 problem = f"{type(error).__name__}: {error}"
             else:
                 status = response.status_code
@@ -244,7 +268,9 @@ class ServerEngine:
             if attempt == self.retries or gave_up.wait(pause):
                 break
         tries = "try" if attempt == 0 else "tries"
-        raise ServerError(f"{problem} (after {attempt + 1} {tries})", url, status)
+        raise ServerError(
+            f"{problem} (after {attempt + 1} {tries})", url, status, timed_out=timed_out
+        )
 
 
 class ServerTextGenerator:
@@ -274,6 +300,31 @@ class ServerTextGenerator:
             ServerError: a request failed for good; ``finished`` holds the texts that came before.
         """
         return self.server.complete(prompts, self.params, prompt_seeds(prompts, self.seed))
+
+
+def answer(
+    request: Request,
+    token_ids: Sequence[int],
+    logprobs: Sequence[float],
+    finish_reason: str,
+) -> Completion:
+    """The completion that a server's fields make.
+
+    Raises:
+        ValueError: the fields do not fit together, or the server did not finish the answer.
+    """
+    if len(token_ids) != len(logprobs):
+        raise ValueError(f"{len(token_ids)} token ids and {len(logprobs)} log-probabilities")
+    if finish_reason not in ("stop", "length"):
+        raise ValueError(f"the server ended it early: finish_reason is {finish_reason!r}")
+    if len(token_ids) > request.params.max_new_tokens:
+        raise ValueError(f"{len(token_ids)} tokens, {request.params.max_new_tokens} asked for")
+    return Completion(
+        tuple(int(token) for token in token_ids),
+        tuple(float(value) for value in logprobs),
+        "stop" if finish_reason == "stop" else "length",
+        request.id,
+    )
 
 
 def _read(response: httpx.Response, url: str, read: Callable[[Mapping[str, Any]], T]) -> T:

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,7 +49,8 @@ def generated(engine: GenerationEngine, *args: object, **named: object) -> list[
 class Subject:
     engine: GenerationEngine
     in_process: Callable[[], GenerationEngine]  # makes another of its kind, in this process
-    model: bool  # whether it has one, whose weights count
+    model: bool = False  # whether it has one, whose weights count
+    in_place: bool = False  # whether it reads a snapshot where it is
 
     def pid(self) -> int | None:
         return getattr(self.engine, "pid", None)
@@ -60,14 +62,23 @@ def hf(placement: str) -> HFEngine:
     return engine
 
 
-@pytest.fixture(scope="module", params=["fake", "inline", "thread", "process"])
+@pytest.fixture(
+    scope="module",
+    params=["fake", "inline", "thread", "process", pytest.param("ray", marks=pytest.mark.ray)],
+)
 def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
-    torch.set_num_threads(1)
     if request.param == "fake":
         fake = FakeEngine(vocab_size=VOCABULARY, eos_token_id=EOS)
-        found = Subject(fake, lambda: FakeEngine(vocab_size=VOCABULARY, eos_token_id=EOS), False)
+        found = Subject(fake, lambda: FakeEngine(vocab_size=VOCABULARY, eos_token_id=EOS))
+    elif request.param == "ray":
+        pytest.importorskip("ray")
+        from asyncrlhf.engines import RayEngine
+
+        on_ray = RayEngine(max_batch_size=6)
+        on_ray.attach(a_model(), [EOS])
+        found = Subject(on_ray, lambda: hf("inline"), model=True)
     else:
-        found = Subject(hf(request.param), lambda: hf("inline"), True)
+        found = Subject(hf(request.param), lambda: hf("inline"), model=True, in_place=True)
     yield found
     found.engine.close()
     found.engine.close()
@@ -126,12 +137,9 @@ def test_where_it_runs_changes_no_bit(subject: Subject, engine: GenerationEngine
         for each in (engine, here):
             each.load_weights(weights(version), version)
         for params in (SAMPLED, GREEDY):
-            there: list[Completion] = []
-            thread = threading.Thread(target=lambda p=params: there.extend(generated(engine, p)))
-            thread.start()
-            expected = generated(here, params)
-            thread.join(LIMIT)
-            assert there == expected
+            with ThreadPoolExecutor(1) as pool:
+                there = pool.submit(generated, engine, params)
+                assert generated(here, params) == there.result(LIMIT)
     here.close()
 
 
@@ -255,7 +263,9 @@ def test_a_snapshot_in_shared_memory_is_as_good_as_its_values(
             assert generated(engine) == found
         for version in (4, 5):
             memory.publish(weights(version), version)
-        if subject.model:  # version 3, which it reads in place, is no more
+        if not subject.in_place:
+            assert {c.oldest_version for c in generated(engine)} == {3}
+        else:  # version 3 is no more
             with pytest.raises(WeightUpdateError, match="version 3 were overwritten by version 5"):
                 generated(engine)
         engine.load_weights(memory.snapshot(5), 5)

@@ -146,7 +146,7 @@ def test_an_engine_that_fails_ends_the_run_with_its_error(
 ) -> None:
     from decapod.lm import EngineError
 
-    engine = FakeEngine(fail_at=[2], vocab_size=8)
+    engine = FakeEngine(fail_at=[2], vocab_size=13)
     run = replay.trainer(replay.settings(tmp_path), engine)
     with pytest.raises(EngineError, match="call 2") as caught:
         run.train()
@@ -159,7 +159,7 @@ def test_weights_that_do_not_arrive_end_the_run(
 ) -> None:
     from asyncrlhf.errors import WeightUpdateError
 
-    run = replay.trainer(replay.settings(tmp_path), FakeEngine(fail_load_at=[1], vocab_size=8))
+    run = replay.trainer(replay.settings(tmp_path), FakeEngine(fail_load_at=[1], vocab_size=13))
     with pytest.raises(WeightUpdateError, match="load 1"):
         run.train()
 
@@ -178,7 +178,7 @@ def test_an_engine_that_hangs_is_named_after_the_timeout(
             hang.set()
             super().close()
 
-    run = replay.trainer(replay.settings(tmp_path, round_timeout=0.3), Hanging(vocab_size=8))
+    run = replay.trainer(replay.settings(tmp_path, round_timeout=0.3), Hanging(vocab_size=13))
     with pytest.raises(WaitTimeoutError, match="round 0 to be generated"):
         run.train()
 

@@ -237,18 +237,6 @@ def test_a_training_repeats_bit_for_bit_however_long_generation_takes(
     assert len(set(results)) == 1
 
 
-@pytest.mark.slow
-def test_a_training_is_the_same_with_generation_in_a_process(train: Callable[..., Any]) -> None:
-    results = []
-    for placement in ("inline", "process"):
-        engine = HFEngine("cpu", placement, threads=1)
-        trainer = train(engine)
-        trainer.train()
-        engine.close()
-        results.append(checksum(trainer.model.named_parameters()))
-    assert len(set(results)) == 1
-
-
 @pytest.mark.parametrize("replayable", [True, False])
 def test_trl_never_finds_a_sample_that_is_too_stale(
     train: Callable[..., Any], replayable: bool

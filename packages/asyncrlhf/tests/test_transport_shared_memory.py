@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from asyncrlhf import transport as transport_package
 from asyncrlhf.errors import InvalidInputError, WeightUpdateError
 from asyncrlhf.transport import SharedMemory, checksum
 
@@ -162,6 +163,19 @@ def soon(condition: Any, what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, what
         time.sleep(0.01)
+
+
+def test_the_names_of_the_package_are_loaded_when_first_used() -> None:
+    code = """
+import sys
+import asyncrlhf.transport
+assert not {"torch", "safetensors", "multiprocessing.shared_memory"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    for name in transport_package.__all__:
+        assert getattr(transport_package, name).__name__ == name
+    with pytest.raises(AttributeError, match="Nothing"):
+        _ = transport_package.Nothing
 
 
 # --- what a snapshot holds ------------------------------------------------------------------------
@@ -404,11 +418,15 @@ def test_a_segment_goes_with_its_transport() -> None:
 
 @on_linux
 def test_too_little_memory_is_an_error_and_no_signal() -> None:
-    huge = torch.zeros(1).expand(2**45)
+    room = os.statvfs(SHM)
+    size = room.f_blocks * room.f_frsize  # of each of two slots
+    if not size:
+        pytest.skip("/dev/shm has no limit")
+    huge = torch.zeros((), dtype=torch.uint8).expand(size)
     with SharedMemory() as transport:
-        with pytest.raises(WeightUpdateError, match=r"free; enlarge /dev/shm|no shared memory"):
+        with pytest.raises(WeightUpdateError, match=r"bytes, [\d,]+ are free; enlarge /dev/shm"):
             transport.publish([("a", huge)], 0)
-        left = [path for path in SHM.iterdir() if path.exists() and path.stat().st_size > 2**45]
+        left = [path for path in SHM.iterdir() if path.exists() and path.stat().st_size > size]
         assert left == []
         assert transport.publish(tiny(), 0).version == 0
 
@@ -443,16 +461,12 @@ def test_what_a_reader_holds_outlives_the_transport(readers: dict[str, Connectio
         assert ask(reader, "held") == [tensor.tolist() for _, tensor in tiny(5)], kind
 
 
-@pytest.mark.parametrize("kind", ["spawned", "plain"])
-def test_a_race_with_the_writer_is_won_or_noticed(
-    readers: dict[str, Connection], kind: str
-) -> None:
-    reader = readers[kind]
-    with SharedMemory(checksum=True) as transport:
+def test_a_race_with_the_writer_is_won_or_noticed(spawned_reader: Connection) -> None:
+    reader = spawned_reader
+    with SharedMemory() as transport:
         reader.send(("race",))
-        snapshot = transport.publish([(str(i), torch.zeros(1500)) for i in range(16)], 0)
-        reader.send(snapshot)
-        for version in range(1, 2001):
+        assert reader.poll(60)
+        for version in range(3000):
             values = torch.full((1500,), float(version))
             snapshot = transport.publish([(str(i), values) for i in range(16)], version)
             if reader.poll():
@@ -460,7 +474,7 @@ def test_a_race_with_the_writer_is_won_or_noticed(
                 reader.send(snapshot)
         assert reader.poll(30)
         reader.recv_bytes()
-        reader.send(snapshot)  # no more is written: this one is read in peace
+        reader.send(snapshot)  # nothing more is written: this one is read in peace
         assert reader.poll(30)
         reader.recv_bytes()
         reader.send(None)
@@ -468,7 +482,7 @@ def test_a_race_with_the_writer_is_won_or_noticed(
         counts = reader.recv()
     assert counts["wrong"] == 0
     assert counts["correct"] > 0
-    assert counts["late"] + counts["torn"] > 0
+    assert counts["torn"] > 0
 
 
 @on_linux
@@ -495,7 +509,8 @@ def test_the_end_of_a_reader_disturbs_nobody(
 
 @on_linux
 @pytest.mark.parametrize(
-    "ending", ["left open", "closed", "raised", "removed by others", "SIGTERM", "SIGKILL"]
+    "ending",
+    ["left open", "closed", "raised", "forked", "removed by others", "SIGTERM", "SIGKILL"],
 )
 def test_however_a_creator_ends_it_leaves_no_segment(
     ending: str, processes: Processes, tmp_path: Path

@@ -102,9 +102,11 @@ class Callbacks:
             self._losses.append(metrics["loss"])
         state.global_step = step
         state.epoch = args.num_train_epochs * step / max(1, state.max_steps)
-        save = self.control.should_save  # of an earlier step of this round
+        # Both wait for the end of the round, and no later step of it takes them back.
+        save, stop = self.control.should_save, self.control.should_training_stop
         self.control = self._handler.on_step_end(args, state, self.control)
         self.control.should_save |= save
+        self.control.should_training_stop |= stop
         if self.control.should_log:
             means = {name: total / self._counts[name] for name, total in self._sums.items()}
             rate = self._scheduler.get_last_lr()[0]
@@ -136,6 +138,8 @@ class Callbacks:
     def restore(self, path: Path) -> None:
         """Take up the state that a checkpoint holds."""
         self.state = TrainerState.load_from_json(str(path))
+        self.state.is_world_process_zero = self._args.process_index == 0
+        self.state.is_local_process_zero = self._args.local_process_index == 0
 
     def end(self, seconds: float) -> TrainOutput:
         """The run is done."""

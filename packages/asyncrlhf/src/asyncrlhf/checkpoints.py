@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,12 @@ from asyncrlhf.rounds import Round
 _FORMAT: Final = 1
 _NAME: Final = re.compile(r"checkpoint-(\d+)")
 _RECORD: Final = "asyncrlhf.json"
+STATE_FILE: Final = "trainer_state.json"
+"""What transformers calls the state of its callbacks; ``write_model`` writes it, too."""
+
+
+class _OtherFormatError(Exception):
+    pass
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class Resumed:
         """The parameters that learn, as they were at a version."""
         from safetensors.torch import load_file
 
-        weights: dict[str, Tensor] = load_file(self.folder / f"weights-{version}.safetensors")
+        weights: dict[str, Tensor] = load_file(_weights_file(self.folder, version))
         return weights
 
 
@@ -78,7 +85,7 @@ def save(
     write_model(temporary)
     for version, weights in snapshots.items():
         values = {name: value.detach().cpu().contiguous().clone() for name, value in weights}
-        save_file(values, temporary / f"weights-{version}.safetensors")
+        save_file(values, _weights_file(temporary, version))
     torch.save(dict(state), temporary / "state.pt")
     record = {
         "format": _FORMAT,
@@ -100,20 +107,37 @@ def load(folder: Path, settings: Mapping[str, Any]) -> Resumed:
         InvalidInputError: it is none, it is damaged, or it was made with other settings; the
             message names them.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
         record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
+        if record["format"] != _FORMAT:
+            raise _OtherFormatError
+        saved = dict(record["settings"])
+        versions = tuple(map(int, record["versions"]))
         state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, EOFError) as error:
-        raise InvalidInputError(
-            f"resume_from_checkpoint: {folder} is no whole checkpoint of asyncrlhf ({error}); "
-            "name another one, or start anew in an empty output_dir"
-        ) from error
-    if record.get("format") != _FORMAT:
-        raise InvalidInputError(
-            f"resume_from_checkpoint: {folder} has format {record.get('format')!r}, expected "
-            f"{_FORMAT}; resume it with the version of asyncrlhf that wrote it"
+        json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        for version in versions:
+            with safe_open(_weights_file(folder, version), "pt"):  # reads the header alone
+                pass
+        resumed = Resumed(
+            folder, int(record["rounds_done"]), versions, tuple(record["finished"]), state
         )
-    saved, now = record["settings"], json.loads(json.dumps(settings))
+    except _OtherFormatError:
+        raise InvalidInputError(
+            f"resume_from_checkpoint: {folder} has format {record['format']!r}, expected "
+            f"{_FORMAT}; resume it with the version of asyncrlhf that wrote it"
+        ) from None
+    except (
+        OSError, ValueError, RuntimeError, EOFError, KeyError, TypeError, pickle.UnpicklingError,
+        SafetensorError,
+    ) as error:  # fmt: skip
+        raise InvalidInputError(
+            f"resume_from_checkpoint: {folder} is no whole checkpoint of asyncrlhf "
+            f"({type(error).__name__}: {error}); name another one, or start anew in an empty "
+            "output_dir"
+        ) from error
+    now = json.loads(json.dumps(settings))
     differ = sorted(name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name))
     if differ:
         told = ", ".join(f"{n} was {saved.get(n)!r} and is {now.get(n)!r}" for n in differ[:6])
@@ -121,13 +145,7 @@ def load(folder: Path, settings: Mapping[str, Any]) -> Resumed:
             f"resume_from_checkpoint: {folder} was made with other settings: {told}; give the "
             "same settings, or start anew in another output_dir"
         )
-    return Resumed(
-        folder,
-        int(record["rounds_done"]),
-        tuple(record["versions"]),
-        tuple(record["finished"]),
-        state,
-    )
+    return resumed
 
 
 def newest(output_dir: Path) -> Path | None:
@@ -136,10 +154,14 @@ def newest(output_dir: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def prune(output_dir: Path, keep: int | None) -> None:
-    """Remove all but the newest ``keep`` checkpoints; None keeps all."""
+def prune(output_dir: Path, keep: int | None, written: Path) -> None:
+    """Remove all but ``keep`` checkpoints, those of most steps; None keeps all.
+
+    The one that was just ``written`` stays, also where an earlier run left some of more steps.
+    """
     if keep is not None and keep > 0:
-        for folder in _all(output_dir)[:-keep]:
+        others = [folder for folder in _all(output_dir) if folder != written]
+        for folder in others[: max(0, len(others) - (keep - 1))]:
             shutil.rmtree(folder)
 
 
@@ -155,6 +177,10 @@ def restored_completions(record: Mapping[str, Any]) -> tuple[Completion, ...]:
         )
         for row in record["completions"]
     )
+
+
+def _weights_file(folder: Path, version: int) -> Path:
+    return folder / f"weights-{version}.safetensors"
 
 
 def _written(done: Round) -> dict[str, Any]:

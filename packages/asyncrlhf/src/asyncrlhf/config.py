@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import get_args
+from enum import Enum
+from typing import Any, Final, get_args
 
 from transformers import TrainingArguments
 
@@ -19,6 +20,16 @@ from asyncrlhf.settings import (
     one_of,
     positive,
 )
+
+_OF_RESULT: Final = (
+    "loss", "beta", "kl_coef", "cliprange", "gamma", "lam", "vf_coef", "is_correction", "is_cap",
+    "num_generations", "minibatches_per_round", "epochs_per_round", "max_staleness", "stale_policy",
+    "prompts_per_step", "temperature", "max_completion_length", "missing_eos_score",
+    "reward_weights", "on_reward_error", "shuffle_prompts", "seed", "learning_rate",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "optim", "optim_args", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "weight_decay", "max_grad_norm", "bf16", "fp16",
+)  # fmt: skip
+_FOREVER = 10**8  # seconds
 
 
 def _help(*lines: str) -> dict[str, str]:
@@ -129,8 +140,8 @@ class AsyncRLHFConfig(TrainingArguments):
     learner_threads: int | None = field(
         default=None,
         metadata=_help(
-            "Numeric threads of the learner on a CPU; None: half of the cores when an actor process "
-            "shares the machine, else as set."
+            "Numeric threads of the learner on a CPU; None: half of the cores where a process of "
+            "the actor shares the machine, else as set."
         ),
     )
     learner_cores: list[int] | None = field(
@@ -145,16 +156,29 @@ class AsyncRLHFConfig(TrainingArguments):
     logging_steps: float = field(default=10, metadata=_help("Optimizer steps between two logs."))
 
     def __post_init__(self) -> None:
+        positive("round_timeout", self.round_timeout)
+        # Other ranks wait for a round inside a broadcast, which must not give up before.
+        patience = int(min(self.round_timeout, _FOREVER)) + 60
+        self.ddp_timeout: int = max(self.ddp_timeout, patience)
         super().__post_init__()
         one_of("loss", self.loss, losses.INFO)
         one_of("stale_policy", self.stale_policy, get_args(StalePolicy))
         one_of("on_reward_error", self.on_reward_error, get_args(OnRewardError))
         one_of("scoring", self.scoring, get_args(Scoring))
+        for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+            one_of(name, getattr(self, name).value, ("no", "steps"))  # prompts have no epochs
         if self.is_correction is not None:
             one_of("is_correction", self.is_correction, get_args(IsCorrection))
             if self.loss in ("online_dpo", "ipo", "best_of_k", "copg"):
                 raise InvalidInputError(
                     f"is_correction: {self.loss} has no importance ratio to correct; leave it None"
+                )
+            useless = {"rloo": ("decoupled",), "proximal_rloo": ("truncate_token", "mask_token")}
+            if self.is_correction in useless.get(self.loss, ()):
+                raise InvalidInputError(
+                    f"is_correction: {self.is_correction} does not go with {self.loss}, whose "
+                    "ratio, if any, is that of whole sequences; take truncate_sequence or "
+                    "mask_sequence"
                 )
         info = losses.INFO[self.loss]
         if self.num_generations < info.min_completions:
@@ -162,7 +186,7 @@ class AsyncRLHFConfig(TrainingArguments):
                 f"num_generations: {self.loss} compares completions of one prompt and needs at "
                 f"least {info.min_completions}, got {self.num_generations}"
             )
-        for name in ("beta", "temperature", "is_cap", "round_timeout", "max_completion_length"):
+        for name in ("beta", "temperature", "is_cap", "max_completion_length"):
             positive(name, getattr(self, name))
         for name in ("kl_coef", "cliprange", "vf_coef", "eval_temperature"):
             at_least(name, getattr(self, name), 0)
@@ -182,9 +206,26 @@ class AsyncRLHFConfig(TrainingArguments):
         schedule = RoundSchedule(
             self.minibatches_per_round, self.epochs_per_round, self.rounds_ahead
         )
-        if self.max_staleness is None or self.stale_policy == "drop":
+        if self.max_staleness is None:
             return schedule
-        return schedule.with_max_staleness(self.max_staleness)
+        if self.stale_policy == "drop":
+            least = schedule.ahead * schedule.steps_per_round
+            if self.max_staleness < least:
+                raise InvalidInputError(
+                    f"max_staleness: expected at least D*N*T={least}, got {self.max_staleness}; "
+                    "every minibatch would be staler and dropped. Lower rounds_ahead, or set "
+                    "stale_policy='block'"
+                )
+            return schedule
+        try:
+            return schedule.with_max_staleness(self.max_staleness)
+        except InvalidInputError as error:
+            raise InvalidInputError(f"max_staleness: {error}") from None
+
+    def result_settings(self) -> dict[str, Any]:
+        """What the result of a run depends on, by name, as JSON holds it."""
+        values = {name: getattr(self, name) for name in _OF_RESULT}
+        return {k: v.value if isinstance(v, Enum) else v for k, v in values.items()}
 
     @property
     def prompts_per_step(self) -> int:

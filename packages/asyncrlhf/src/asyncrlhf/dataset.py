@@ -41,6 +41,7 @@ class Prompts:
         max_prompt_length: int | None,
         max_new_tokens: int,
         positions: int | None,
+        vocab_size: int | None = None,
     ) -> Prompts:
         """Encode the column ``prompt``, or take the token ids of ``prompt_ids``.
 
@@ -51,9 +52,11 @@ class Prompts:
             max_prompt_length: longer prompts are refused; None: what the model allows.
             max_new_tokens: of a completion.
             positions: of the model, prompt and completion together; None when it does not say.
+            vocab_size: token ids that the model has; None leaves them unchecked.
 
         Raises:
-            InvalidInputError: no rows, no prompt, an empty or too long prompt; with the row.
+            InvalidInputError: no rows, no prompt, an empty or too long one, or one with a token
+                that the model does not have; with the row.
         """
         rows = [dict(row) for row in dataset]
         if not rows:
@@ -77,6 +80,12 @@ class Prompts:
                     f"{name}: the prompt of row {number} has {len(ids)} tokens; at most {limit} "
                     f"leave room for max_completion_length={max_new_tokens}; filter the data, or "
                     "lower max_completion_length"
+                )
+            wrong = [i for i in ids if i < 0 or (vocab_size is not None and i >= vocab_size)]
+            if wrong:
+                raise InvalidInputError(
+                    f"{name}: the prompt of row {number} has the token {wrong[0]}, but the model "
+                    f"has {vocab_size}; encode it with the model's own tokenizer"
                 )
             encoded.append(ids)
         names = sorted({key for row in rows for key in row} - {"prompt", _IDS})

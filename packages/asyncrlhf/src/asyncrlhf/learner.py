@@ -91,6 +91,11 @@ class Learner:
         self._part = prompts_per_part * samples
         self._max_grad_norm = max_grad_norm
 
+    def release(self) -> None:
+        """Give model and critic back as they were before they were prepared for training."""
+        for module in filter(None, (self.model, self.critic)):
+            self.accelerator.unwrap_model(module, keep_fp32_wrapper=False)
+
     def parameters_to_publish(self) -> Iterator[tuple[str, Tensor]]:
         """Names and values of the parameters that learn, in a fixed order."""
         for name, value in self.unwrapped.named_parameters():
@@ -146,7 +151,11 @@ class Learner:
 
     def reference_logps(self, batch: Minibatch) -> Tensor:
         """(n, L) under the reference, without gradient."""
-        with torch.no_grad(), reference_model(self.unwrapped, self.reference) as reference:
+        with (
+            torch.no_grad(),
+            self.accelerator.autocast(),  # as the policy: else they differ where they are equal
+            reference_model(self.unwrapped, self.reference) as reference,
+        ):
             return self._in_parts(batch, lambda part: self.logps(reference, part))
 
     def _ready(self, batch: Minibatch) -> Minibatch:
@@ -164,12 +173,13 @@ class Learner:
         started = time.perf_counter()
         accelerator = self.accelerator
         parts = [batch.rows(i, i + self._part) for i in range(0, len(batch), self._part)]
-        total = self._summed(float(sum(self._weight(part) for part in parts)))
+        total = max(1.0, self._summed(float(sum(self._weight(part) for part in parts))))
         outputs, ratios = [], []
         for place, part in enumerate(parts):
-            last = place + 1 == len(parts)
-            quiet = contextlib.nullcontext() if last else accelerator.no_sync(self.model)
-            with quiet:
+            with contextlib.ExitStack() as quiet:
+                if place + 1 < len(parts):  # processes exchange gradients once, with the last part
+                    for module in filter(None, (self.model, self.critic)):
+                        quiet.enter_context(accelerator.no_sync(module))
                 logps = self.logps(self.model, part)
                 values = None if self.critic is None else self._values(part)
                 output = self.objective(part, logps, values, normalizer=total)
@@ -179,7 +189,8 @@ class Learner:
             ratios.append((part, logps.detach()))
         loss = self._summed(sum(float(output.loss.detach()) for output in outputs))
         norm = self._clipped()
-        if not (_finite(loss) and _finite(norm)):
+        # In half precision the scaler leaves out a step whose gradient overflows.
+        if not (_finite(loss) and (_finite(norm) or accelerator.scaler is not None)):
             raise FloatingPointError(
                 f"step {number}: the loss is {loss} and the gradient's norm {norm}; lower "
                 "learning_rate, look for non-finite rewards, or set is_correction"
@@ -224,7 +235,7 @@ class Learner:
     def _whiten(self, x: Tensor, mask: Tensor) -> Tensor:
         """Mean 0 and variance 1 over the mask of the minibatch on all processes."""
         kept = x[mask].double()
-        count = self._summed(float(kept.numel()))
+        count = max(1.0, self._summed(float(kept.numel())))
         mean = self._summed(float(kept.sum())) / count
         variance = self._summed(float((kept - mean).square().sum())) / max(count - 1, 1)
         return torch.where(mask, (x - mean) * (variance + 1e-8) ** -0.5, 0.0)
@@ -235,26 +246,35 @@ class Learner:
         outputs: Sequence[Any],
         ratios: Sequence[tuple[Minibatch, Tensor]],
     ) -> dict[str, float]:
-        """Means over the minibatch of what the losses report, and of what is known without them."""
+        """Means over the minibatch of what the losses report, and of what is known without them.
+
+        What ends in ``max`` is the largest instead.
+        """
         found: dict[str, list[float]] = {}
         for output in outputs:
             for name, value in output.metrics.items():
-                found.setdefault(name, []).append(float(value))
-        metrics = {f"loss/{name}": sum(v) / len(v) for name, v in found.items()}
+                found.setdefault(f"loss/{name}", []).append(float(value))
+        metrics = {name: _merged(name, values) for name, values in found.items()}
         with torch.no_grad():
             log_weights = torch.cat([log_ratio(part, logps) for part, logps in ratios])
             kls = []
             for part, logps in ratios:
                 assert part.ref_logps is not None
                 kls.append(kl_estimates(logps, part.ref_logps, part.mask).k1.sum(1))
-            metrics["ess"] = float(corrections.effective_sample_size(log_weights))
+            # Of the whole minibatch; shares of its parts have no mean that says anything.
+            everywhere = self.accelerator.gather(log_weights)
+            metrics["ess"] = float(corrections.effective_sample_size(everywhere))
             metrics["ratio/log_mean"] = float(log_weights.mean())
             metrics["kl"] = float(torch.cat(kls).mean())
             if batch.ref_logps is not None:
                 behind = kl_estimates(batch.behaviour_logps, batch.ref_logps, batch.mask)
                 metrics["kl/behaviour"] = float(behind.k1.sum(1).mean())
-        processes = self.accelerator.num_processes
-        return {name: self._summed(value) / processes for name, value in metrics.items()}
+        here = torch.tensor(list(metrics.values()), dtype=torch.float64)
+        table = self.accelerator.gather(here.to(self.accelerator.device)[None])
+        return {
+            name: _merged(name, values)
+            for name, values in zip(metrics, table.T.tolist(), strict=True)
+        }
 
 
 @contextlib.contextmanager
@@ -275,6 +295,11 @@ def param_groups(modules: Iterable[Any], weight_decay: float) -> list[dict[str, 
         {"params": [p for p in learning if p.dim() < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _merged(name: str, values: Sequence[float]) -> float:
+    """What parts of equal size say together."""
+    return max(values) if name.endswith("max") else sum(values) / len(values)
 
 
 def _finite(value: float) -> bool:

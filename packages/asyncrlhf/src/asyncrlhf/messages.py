@@ -61,7 +61,7 @@ def _read_exactly(pipe: int, size: int) -> bytearray:
     return data
 
 
-def described(error: Exception) -> tuple[str, str, str, dict[str, Any]]:
+def described(error: BaseException) -> tuple[str, str, str, dict[str, Any]]:
     """Class, message, traceback and plain attributes: what :func:`rebuilt` makes it of again.
 
     Exceptions whose arguments are not their message could not be unpickled.

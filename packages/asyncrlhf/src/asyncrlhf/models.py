@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,11 +12,22 @@ from transformers import AutoModelForCausalLM
 from asyncrlhf.errors import InvalidInputError
 
 
-def without_dropout(model: Any, checkpointing: bool) -> Any:
-    """The model without dropout, which would make a policy differ from the one that sampled."""
+def without_dropout(
+    model: Any, checkpointing: bool, options: Mapping[str, Any] | None = None
+) -> Any:
+    """The model without dropout, which would make a policy differ from the one that sampled.
+
+    Args:
+        model: is changed.
+        checkpointing: whether activations are computed again in the backward pass.
+        options: of ``torch.utils.checkpoint``.
+    """
     if not checkpointing:
         return model.eval()
-    model.gradient_checkpointing_enable()
+    # Older releases of transformers have the second name alone.
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    enable = enable or model.gradient_checkpointing_enable
+    enable(dict(options) if options else None)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -37,7 +49,9 @@ def reference_of(model: Any, given: Any | None) -> Any | None:
         if hasattr(model, "disable_adapter"):
             return None
         given = copy.deepcopy(model)
-    if given is model:
+    # An adapter is put into the model that it is made from.
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if given is model or given is base:
         raise InvalidInputError(
             "ref_model: it is the very model that learns; leave it out, and a copy is made"
         )

@@ -103,6 +103,8 @@ class Objective:
         """
         mask, scores, groups = batch.mask, batch.scores, batch.group_ids
         ref = batch.ref_logps
+        # The weights are π_prox/π_b, so what they multiply has the ratio π/π_prox.
+        anchor = batch.behaviour_logps if batch.weights is None else batch.proximal_logps
         decoupled: dict[str, Any] = {
             "proximal_logps": batch.proximal_logps if self.correction == "decoupled" else None
         }
@@ -127,18 +129,18 @@ class Objective:
                 )  # fmt: skip
             case "proximal_rloo":
                 return losses.proximal_rloo(
-                    logps, batch.behaviour_logps, ref, scores, groups, kl_coef=self.kl_coef,
+                    logps, anchor, ref, scores, groups, kl_coef=self.kl_coef,
                     clip=self.clip, mask=mask, weights=batch.weights, **decoupled, **rest,
                 )  # fmt: skip
             case "grpo":
                 return losses.grpo(
-                    logps, batch.behaviour_logps, scores, groups, mask, clip=self.clip,
+                    logps, anchor, scores, groups, mask, clip=self.clip,
                     ref_logps=ref, kl_coef=self.kl_coef, weights=batch.weights,
                     **decoupled, **rest,
                 )  # fmt: skip
             case "ppo":
                 return losses.ppo(
-                    logps, batch.behaviour_logps, batch.advantages, mask, clip=self.clip,
+                    logps, anchor, batch.advantages, mask, clip=self.clip,
                     values=values, old_values=batch.values, returns=batch.returns,
                     vf_coef=self.vf_coef, weights=batch.weights, normalizer=normalizer,
                     **decoupled,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from asyncrlhf.engines.protocol import GenerationEngine
 from asyncrlhf.errors import WaitTimeoutError
-from asyncrlhf.rounds import Round, RoundOrder
+from asyncrlhf.rounds import Round, RoundOrder, check_completions
 
 if TYPE_CHECKING:
     from asyncrlhf.rewards import Rewards
@@ -32,6 +32,7 @@ class Pipeline:
             :meth:`submit`, otherwise in a thread.
         score: scores a round in a stage of its own; None leaves that to whoever takes the round.
         timeout: seconds that :meth:`take` waits for a round.
+        vocab_size: token ids that completions may have; None: any.
     """
 
     def __init__(
@@ -40,10 +41,12 @@ class Pipeline:
         score: Callable[[Round], Rewards] | None = None,
         *,
         timeout: float = 3600.0,
+        vocab_size: int | None = None,
     ) -> None:
         self._engine = engine
         self._score = score
         self._timeout = timeout
+        self._vocab_size = vocab_size
         self._loaded: int | None = None
         self._idle_since = time.perf_counter()
         self._inline = getattr(engine, "placement", "thread") == "inline"
@@ -124,15 +127,19 @@ class Pipeline:
             try:
                 self._pass_on(self._generate(order, snapshot))
             except BaseException as error:  # noqa: BLE001 - raised where the round is taken
-                error.add_note(f"while round {order.index} was generated")
                 self._deliver(order.index, error)
 
     def _generate(self, order: RoundOrder, snapshot: Snapshot) -> Round:
         started = time.perf_counter()
-        if self._loaded != order.version:
-            self._engine.load_weights(snapshot, order.version)
-            self._loaded = order.version
-        completions = tuple(self._engine.generate(order.requests))
+        try:
+            if self._loaded != order.version:
+                self._engine.load_weights(snapshot, order.version)
+                self._loaded = order.version
+            completions = tuple(self._engine.generate(order.requests))
+            check_completions(order, completions, self._vocab_size)
+        except BaseException as error:
+            error.add_note(f"while round {order.index} was generated")
+            raise
         ended = time.perf_counter()
         waited, self._idle_since = started - self._idle_since, ended
         return Round(order, completions, snapshot.checksum, ended - started, waited, started)

@@ -123,12 +123,15 @@ class SupervisedProcess:
 
         Raises:
             ProcessDiedError: the process ended, or went silent, before it answered.
+            ActorError: it was closed.
             WaitTimeoutError: no answer in time; the process is ended.
             Exception: what the method raised, where its class is one of this library or of
                 decapod; otherwise an ActorError with its traceback.
         """
         child = self._child
-        if child is None or self._closed:
+        if self._closed:
+            raise ActorError(f"{self.what} was closed")
+        if child is None:
             raise ProcessDiedError(f"{self.what} is not running")
         try:
             number = child.send_call(method, args, self._silence_timeout)
@@ -136,6 +139,8 @@ class SupervisedProcess:
         except BaseException as error:
             if isinstance(error, WaitTimeoutError | ProcessDiedError | KeyboardInterrupt):
                 child.kill()
+            if self._closed and isinstance(error, ProcessDiedError):
+                raise ActorError(f"{self.what} was closed") from error
             raise
 
     def close(self) -> None:

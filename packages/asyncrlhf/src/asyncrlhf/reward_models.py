@@ -25,6 +25,7 @@ from asyncrlhf.errors import InvalidInputError, MissingExtraError
 if TYPE_CHECKING:
     from asyncrlhf.evaluate import GoldScore, Ids
     from asyncrlhf.tasks.fine_tuning import StepDone
+    from asyncrlhf.tasks.synthetic_summary import SyntheticSummary
 
 _CLIP = 1.0
 
@@ -189,6 +190,39 @@ def train_reward_model(
                 left = (time.perf_counter() - begin) / step * (steps - step)
                 on_step(StepDone(step, steps, value, left))
     return model.eval()
+
+
+def train_proxy(
+    task: SyntheticSummary,
+    model: Any,
+    *,
+    pairs: int = 2048,
+    seed: int = 0,
+    config: RewardModelConfig | None = None,
+    on_step: Callable[[StepDone], None] | None = None,
+) -> Any:
+    """The proxy reward of a task: a reward model that learns its gold score from pairs of samples.
+
+    Args:
+        task: draws the prompts and labels the pairs.
+        model: whose samples are compared, the fine-tuned one.
+        pairs: prompts that are answered twice; pairs of equal gold are left out. The fewer, the
+            easier the proxy is to over-optimise.
+        seed: of the prompts and the samples.
+        config: of the training; None: eight epochs at a learning rate of 3e-3.
+        on_step: called after every step.
+
+    Returns:
+        As :func:`train_reward_model`.
+
+    Raises:
+        InvalidInputError: ``pairs`` below 1, or all of them ties.
+    """
+    if config is None:
+        config = RewardModelConfig(epochs=8, learning_rate=3e-3, seed=seed)
+    prompts = [row["prompt_ids"] for row in task.prompts(pairs, seed, "reward_model")]
+    drawn = sample_pairs(model, prompts, max_new_tokens=task.max_completion_length, seed=seed)
+    return train_reward_model(model, relabel(drawn, task.gold_score), config, on_step=on_step)
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor) -> Tensor:

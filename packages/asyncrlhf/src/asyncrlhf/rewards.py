@@ -171,8 +171,9 @@ class RewardSuite:
             RewardError: a function fails, whatever ``on_error`` says.
             InvalidInputError: as :meth:`prepare`.
         """
+        self.prepare()
         strict = copy.copy(self)
-        strict.on_error = "raise"
+        strict.on_error, strict._ready = "raise", self._ready
         strict(
             prompts=[prompt],
             prompt_ids=[prompt_ids],
@@ -180,7 +181,6 @@ class RewardSuite:
             has_eos=[True],
             columns={name: [value] for name, value in row.items()},
         )
-        self._ready = strict._ready
 
     def __call__(
         self,

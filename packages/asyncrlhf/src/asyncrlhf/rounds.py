@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from asyncrlhf.engines.protocol import Completion
-from asyncrlhf.errors import InvalidInputError
+from asyncrlhf.errors import ActorError, InvalidInputError
 
 if TYPE_CHECKING:
     from asyncrlhf.rewards import Rewards
@@ -57,6 +57,38 @@ class Round:
     started: float
     rewards: Rewards | None = None
     score: float = 0.0
+
+
+def check_completions(
+    order: RoundOrder, completions: Sequence[Completion], vocab_size: int | None
+) -> None:
+    """Refuse what an engine should not have answered, before anything is computed from it.
+
+    Args:
+        order: what it was asked for.
+        completions: its answer.
+        vocab_size: token ids that the learner's model has; None leaves them unchecked.
+
+    Raises:
+        ActorError: too few or too many completions, tokens without log-probability or version, or
+            tokens that the model does not have.
+    """
+    told = f"the engine broke its contract in round {order.index}: expected"
+    if len(completions) != len(order.requests):
+        raise ActorError(f"{told} {len(order.requests)} completions, got {len(completions)}")
+    for completion in completions:
+        n = len(completion.ids)
+        if len(completion.logprobs) != n or not completion.version_spans:
+            raise ActorError(
+                f"{told} a log-probability and a version for each of {n} tokens of completion "
+                f"{completion.id}, got {len(completion.logprobs)} and {completion.version_spans}"
+            )
+        wrong = [i for i in completion.ids if i < 0 or (vocab_size is not None and i >= vocab_size)]
+        if wrong:
+            raise ActorError(
+                f"{told} tokens of the learner's model, got token {wrong[0]} of {vocab_size}; give "
+                "both the same model"
+            )
 
 
 class Orders:

@@ -8,16 +8,19 @@ the transport takes a snapshot, and the engine gets it for round k + 1 + D.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, get_scheduler
 from transformers.trainer_utils import TrainOutput
 
@@ -27,25 +30,26 @@ from asyncrlhf.config import AsyncRLHFConfig
 from asyncrlhf.critic import Critic
 from asyncrlhf.dataset import Prompts
 from asyncrlhf.engines import HFEngine
-from asyncrlhf.errors import InvalidInputError, MissingExtraError, WeightUpdateError
-from asyncrlhf.evaluate import kl, sample, sample_logps
-from asyncrlhf.learner import Learner, Step, param_groups, reference_model
+from asyncrlhf.errors import InvalidInputError, MissingExtraError
+from asyncrlhf.evaluate import evaluate_on
+from asyncrlhf.learner import Learner, Step, param_groups
 from asyncrlhf.loop import run_rounds
 from asyncrlhf.models import eos_token_ids, reference_of, without_dropout
 from asyncrlhf.objectives import Objective
-from asyncrlhf.pipeline import Pipeline
 from asyncrlhf.processors import processor_share
+from asyncrlhf.ranks import Ranks
 from asyncrlhf.report import Report, round_metrics
-from asyncrlhf.rewards import RewardSuite
+from asyncrlhf.rewards import Rewards, RewardSuite, check_picklable
 from asyncrlhf.rounds import Orders, Round
 from asyncrlhf.schedule import RoundTimes
 from asyncrlhf.scoring import ScoringProcess
 from asyncrlhf.settings import IsCorrection, Scoring
+from asyncrlhf.supply import Supply
 from decapod.lm import SamplingParams
 
 if TYPE_CHECKING:
     from asyncrlhf.engines import GenerationEngine
-    from asyncrlhf.transport import Snapshot, Transport
+    from asyncrlhf.transport import Transport
 
 _LOG = logging.getLogger(__name__)
 
@@ -106,6 +110,7 @@ class AsyncRLHFTrainer:
             path = model if isinstance(model, str) else model.config.name_or_path
             processing_class = AutoTokenizer.from_pretrained(path, padding_side="left")
         self.processing_class = processing_class
+        set_seed(args.seed)  # an adapter starts at random
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model)
         if peft_config is not None:
@@ -114,8 +119,11 @@ class AsyncRLHFTrainer:
             except ImportError as error:
                 raise MissingExtraError("peft", "peft") from error
             model = get_peft_model(model, peft_config)
-        self.model = without_dropout(model, args.gradient_checkpointing)
+        self.model = without_dropout(
+            model, args.gradient_checkpointing, args.gradient_checkpointing_kwargs
+        )
         self.ref_model = reference_of(self.model, ref_model)
+        self._ranks = Ranks(self.accelerator)
         self.schedule = args.schedule()
         if self.schedule.ahead < args.rounds_ahead:
             _LOG.warning(
@@ -127,6 +135,10 @@ class AsyncRLHFTrainer:
         self._eval_prompts = (
             None if eval_dataset is None else self._prompts("eval_dataset", eval_dataset)
         )
+        if args.eval_strategy.value != "no" and self._eval_prompts is None:
+            raise InvalidInputError(
+                f"eval_dataset: expected one, because eval_strategy={args.eval_strategy.value!r}"
+            )
         self._rounds = self._number_of_rounds()
         self._rewards = RewardSuite(
             reward_funcs,
@@ -136,19 +148,16 @@ class AsyncRLHFTrainer:
             on_error=args.on_reward_error,
             missing_eos_score=args.missing_eos_score,
         )
-        self._scorer = (
-            ScoringProcess(self._rewards, timeout=args.round_timeout)
-            if args.scoring == "process" and self.accelerator.is_main_process
-            else None
-        )
-        self.engine = HFEngine() if engine is None else engine
+        if args.scoring == "process":
+            check_picklable(self._rewards)
+        half = "bfloat16" if args.bf16 else "float16" if args.fp16 else None
+        self.engine = HFEngine(dtype=half) if engine is None else engine
         self._transport = transport
         self._critic = self._with_critic(value_model)
         self._optimizers = optimizers
         self._callbacks = Callbacks(args, callbacks, self.model, processing_class)
         self._report = Report(self.schedule, cast(Scoring, args.scoring))
         self._learner: Learner | None = None
-        self._snapshots: dict[int, Snapshot] = {}
 
     # --- what people call -------------------------------------------------------------------------
 
@@ -195,37 +204,22 @@ class AsyncRLHFTrainer:
         """
         if self._eval_prompts is None:
             raise InvalidInputError("eval_dataset: expected one for evaluation, got none")
-        prompts, args = self._eval_prompts, self.args
-        samples = sample(
-            self.model,
-            prompts.ids,
-            max_new_tokens=args.max_completion_length,
-            temperature=args.eval_temperature,
-            seed=args.seed,
-            eos_token_ids=self._eos,
-            batch_size=args.per_device_eval_batch_size,
+        args = self.args
+        found = self._ranks.shared(
+            partial(
+                evaluate_on,
+                self.model,
+                self.ref_model,
+                self._eval_prompts,
+                self._rewards,
+                eos_token_ids=self._eos,
+                pad_id=self._pad_id,
+                temperature=args.eval_temperature,
+                max_new_tokens=args.max_completion_length,
+                seed=args.seed,
+                batch_size=args.per_device_eval_batch_size,
+            )
         )
-        rewards = self._rewards(
-            prompts=prompts.prompts,
-            prompt_ids=prompts.ids,
-            completion_ids=samples.completion_ids,
-            has_eos=samples.finished,
-            columns=prompts.columns,
-        )
-        scoring: dict[str, Any] = {
-            "temperature": args.eval_temperature or 1.0,
-            "pad_id": self._pad_id,
-            "batch_size": args.per_device_eval_batch_size,
-        }
-        logps, mask = sample_logps(self.model, samples, **scoring)
-        with reference_model(self.model, self.ref_model) as reference:
-            ref_logps, _ = sample_logps(reference, samples, **scoring)
-        found = {
-            "reward": float(rewards.scores[rewards.valid].mean()),
-            "kl": kl(logps, ref_logps, mask).k1.value,
-            "length": float(mask.sum(1).double().mean()),
-            "ended": sum(samples.finished) / len(samples.finished),
-        }
         metrics = {f"eval_{name}": value for name, value in found.items()}
         self._callbacks.log(metrics)
         self._callbacks.event("on_evaluate", metrics=metrics)
@@ -233,6 +227,8 @@ class AsyncRLHFTrainer:
 
     def save_model(self, folder: str | None = None) -> None:
         """Write policy and tokenizer, for ``from_pretrained``."""
+        if not self._ranks.first:
+            return
         path = Path(folder or self.args.output_dir)
         path.mkdir(parents=True, exist_ok=True)
         self.model.save_pretrained(path)
@@ -241,82 +237,45 @@ class AsyncRLHFTrainer:
     # --- the run, top to bottom -------------------------------------------------------------------
 
     def _train(self, resume_from_checkpoint: str | bool | None) -> TrainOutput:
-        args, schedule, main = self.args, self.schedule, self.accelerator.is_main_process
+        args, schedule = self.args, self.schedule
         resumed = self._resumed(resume_from_checkpoint)
-        set_seed(args.seed)
-        self._learner = learner = self._built_learner()
-        first = 0
-        if resumed is not None:
-            first = resumed.rounds_done
-            self._restore(learner, resumed)
-        pipeline: Pipeline | None = None
-        medium: Transport | None = None
+        first = 0 if resumed is None else resumed.rounds_done
         started = time.perf_counter()
-        try:
-            if main:
-                self._probe_rewards()
-                medium = self._transport or transport.SharedMemory(
-                    slots=max(2, schedule.ahead + 1), checksum=args.verify_weights
-                )
-                if hasattr(self.engine, "attach"):
-                    self.engine.attach(self.model, self._eos)
-                score = None if self._scorer is None else self._score_remotely
-                pipeline = Pipeline(self.engine, score, timeout=args.round_timeout)
-                self._publish_first(medium, learner, resumed)
-            orders = Orders(
-                self._train_prompts.ids, self._sampling(), seed=args.seed,
-                per_round=args.prompts_per_step * schedule.minibatches,
-                samples=args.num_generations, shuffle=args.shuffle_prompts,
-            )  # fmt: skip
-            known = self._put_back(pipeline, orders, resumed)
+        with contextlib.ExitStack() as stack:
+            supply = self._supply(stack)
+            stack.callback(self._callbacks.stop)
+            shared = self._ranks.shared
+            shared(lambda: self._begin(supply))
+            set_seed(args.seed)
+            self._learner = learner = self._built_learner()
+            stack.callback(learner.release)
+            if resumed is not None:
+                self._restore(learner, resumed)
+            shared(lambda: supply.publish_first(learner.parameters_to_publish(), resumed))
             self._callbacks.begin(
                 learner, self._rounds * schedule.steps_per_round, first * schedule.steps_per_round
             )
 
-            def order(index: int) -> None:
-                version = schedule.generation_version(index)
-                if pipeline is not None and index not in known:
-                    pipeline.submit(orders.order(index, version), self._snapshots[version])
-
-            def take(index: int) -> Round:
-                box = [pipeline.take(index) if pipeline is not None else None]
-                if self.accelerator.num_processes > 1:
-                    broadcast_object_list(box)
-                assert box[0] is not None
-                return self._checked(box[0])
-
             def publish(version: int) -> None:
-                if medium is not None:
-                    self._snapshots[version] = medium.publish(
-                        learner.parameters_to_publish(), version
-                    )
+                shared(lambda: supply.publish(learner.parameters_to_publish(), version))
 
             def done(index: int, times: RoundTimes) -> bool:
-                oldest = schedule.generation_version(index + 1)
-                self._snapshots = {v: s for v, s in self._snapshots.items() if v >= oldest}
+                supply.forget(schedule.generation_version(index + 1))
                 self._report.add(times)
-                self._report.restarts = getattr(self.engine, "restarts", 0)
-                self._report.regenerated = getattr(self.engine, "regenerated", 0)
+                self._report.restarts = supply.restarts
+                self._report.regenerated = supply.regenerated
                 self._callbacks.round_ended(self._report, self._rounds - index - 1)
-                control = self._callbacks.control
-                if control.should_save or index + 1 == self._rounds:
-                    self._save(learner, index + 1, pipeline)
-                return not control.should_training_stop
+                if shared(lambda: self._save_if_due(learner, index + 1, supply)):
+                    self._callbacks.saved()
+                return not shared(lambda: bool(self._callbacks.control.should_training_stop))
 
             run_rounds(
                 schedule, self._rounds, first=first,
-                order=order, take=take, learn=self._learn, publish=publish, done=done,
+                order=lambda index: shared(lambda: supply.order(index)),
+                take=lambda index: shared(lambda: supply.take(index)),
+                learn=self._learn, publish=publish, done=done,
             )  # fmt: skip
             return self._callbacks.end(time.perf_counter() - started)
-        finally:
-            self._callbacks.stop()
-            if pipeline is not None:
-                pipeline.close()
-            if self._scorer is not None:
-                self._scorer.close()
-            self._snapshots.clear()
-            if medium is not None:
-                medium.close()
 
     def _learn(self, done: Round) -> float:
         """Score if that was not done on the way, then train; seconds of scoring."""
@@ -357,17 +316,10 @@ class AsyncRLHFTrainer:
             row = {name: values[0] for name, values in prompts.columns.items()}
             self._rewards.probe(prompts.prompts[0], prompts.ids[0], row)
 
-    def _score_remotely(self, done: Round) -> Any:
-        assert self._scorer is not None
-        return self._scorer(**self._to_score(done))
-
     def _scored(self, done: Round) -> Round:
-        box: list[Any] = [None]
-        if self.accelerator.is_main_process:
-            box = [self._rewards(**self._to_score(done))]
-        if self.accelerator.num_processes > 1:
-            broadcast_object_list(box)
-        return replace(done, rewards=box[0])
+        return replace(
+            done, rewards=self._ranks.shared(lambda: self._rewards(**self._to_score(done)))
+        )
 
     def _to_score(self, done: Round) -> dict[str, Any]:
         """Arguments of the reward suite: one row per completion."""
@@ -384,34 +336,39 @@ class AsyncRLHFTrainer:
             },
         }
 
-    # --- weights ----------------------------------------------------------------------------------
+    # --- where rounds come from -------------------------------------------------------------------
 
-    def _publish_first(
-        self, medium: Transport, learner: Learner, resumed: checkpoints.Resumed | None
-    ) -> None:
-        """Publish what the first rounds need: the weights as they are; on resuming, older ones."""
-        if resumed is None:
-            self._snapshots[0] = medium.publish(learner.parameters_to_publish(), 0)
-            return
-        names = [name for name, _ in learner.parameters_to_publish()]
-        for version in resumed.versions:
-            weights = resumed.weights(version)
-            # In the learner's order, which checksums depend on.
-            self._snapshots[version] = medium.publish(
-                [(name, weights[name]) for name in names], version
-            )
+    def _supply(self, stack: contextlib.ExitStack) -> Supply:
+        args = self.args
+        orders = Orders(
+            self._train_prompts.ids, self._sampling(), seed=args.seed,
+            per_round=args.prompts_per_step * self.schedule.minibatches,
+            samples=args.num_generations, shuffle=args.shuffle_prompts,
+        )  # fmt: skip
+        medium = self._transport or transport.SharedMemory(
+            slots=max(2, self.schedule.ahead + 1), checksum=args.verify_weights
+        )
+        score: Callable[[Round], Rewards] | None = None
+        scorer: ScoringProcess | None = None
+        if args.scoring == "process":
+            scorer = ScoringProcess(self._rewards, timeout=args.round_timeout)
 
-    def _checked(self, done: Round) -> Round:
-        """The round, if the weights that generated it are those that it was ordered with."""
-        version = done.order.version
-        snapshot = self._snapshots.get(version)
-        wrong = [c for c in done.completions if c.oldest_version < version]
-        if wrong or (snapshot is not None and snapshot.checksum != done.checksum):
-            raise WeightUpdateError(
-                f"round {done.order.index} was to be generated by weights {version}, but was not; "
-                "the engine broke its contract"
-            )
-        return done
+            def score(done: Round) -> Rewards:
+                return scorer(**self._to_score(done))
+
+        supply = Supply(
+            self.engine, medium, orders, self.schedule, score=score, timeout=args.round_timeout,
+            vocab_size=self._vocab_size,
+        )  # fmt: skip
+        stack.callback(supply.close)
+        if scorer is not None:  # closed first: a thread of the supply may wait for it
+            stack.callback(scorer.close)
+        return supply
+
+    def _begin(self, supply: Supply) -> None:
+        self._probe_rewards()
+        # Before the model is prepared for mixed precision: then it could not be sent anywhere.
+        supply.begin(self.model, self._eos)
 
     # --- checkpoints ------------------------------------------------------------------------------
 
@@ -436,30 +393,13 @@ class AsyncRLHFTrainer:
         if self._critic is not None:
             self._critic.load_state_dict(resumed.state["critic"])
         torch.set_rng_state(resumed.state["rng"])
-        self._callbacks.restore(resumed.folder / "trainer_state.json")
+        self._callbacks.restore(resumed.folder / checkpoints.STATE_FILE)
 
-    def _put_back(
-        self, pipeline: Pipeline | None, orders: Orders, resumed: checkpoints.Resumed | None
-    ) -> set[int]:
-        """Hand rounds that a checkpoint holds to the pipeline; their numbers."""
-        if resumed is None or pipeline is None:
-            return set()
-        for record in resumed.finished:
-            index = record["index"]
-            order = orders.order(index, self.schedule.generation_version(index))
-            completions = checkpoints.restored_completions(record)
-            pipeline.put_back(
-                Round(
-                    order, completions, record["checksum"], record["generate"], 0.0,
-                    time.perf_counter(),
-                )
-            )  # fmt: skip
-        return {record["index"] for record in resumed.finished}
-
-    def _save(self, learner: Learner, rounds_done: int, pipeline: Pipeline | None) -> None:
+    def _save_if_due(self, learner: Learner, rounds_done: int, supply: Supply) -> bool:
         args = self.args
-        if args.save_strategy == "no" or pipeline is None:
-            return
+        due = self._callbacks.control.should_save or rounds_done == self._rounds
+        if args.save_strategy == "no" or not due:
+            return False
         step = rounds_done * self.schedule.steps_per_round
         current: dict[int, Any] = {step: list(learner.parameters_to_publish())}
         state = {
@@ -473,43 +413,31 @@ class AsyncRLHFTrainer:
 
         def write_model(folder: Path) -> None:
             self.save_model(str(folder))
-            self.state.save_to_json(str(folder / "trainer_state.json"))
+            self.state.save_to_json(str(folder / checkpoints.STATE_FILE))
 
+        written = output / f"checkpoint-{step}"
         checkpoints.save(
-            output / f"checkpoint-{step}",
+            written,
             rounds_done=rounds_done,
-            snapshots={**self._snapshots, **current},
-            finished=pipeline.finished(),
+            snapshots={**supply.snapshots, **current},
+            finished=supply.finished(),
             settings=self._settings(),
             state=state,
             write_model=write_model,
         )
-        checkpoints.prune(output, args.save_total_limit)
-        self._callbacks.saved()
+        checkpoints.prune(output, args.save_total_limit, written)
+        return True
 
     def _settings(self) -> dict[str, Any]:
         """What must be equal for a run to be resumed: all that its result depends on."""
-        args = self.args
+        args, prompts = self.args, self._train_prompts.ids
         return {
-            **asdict(self._objective()),
-            "num_generations": args.num_generations,
-            "minibatches_per_round": args.minibatches_per_round,
-            "epochs_per_round": args.epochs_per_round,
+            **args.result_settings(),
             "rounds_ahead": self.schedule.ahead,
-            "max_staleness": args.max_staleness,
-            "stale_policy": args.stale_policy,
-            "prompts_per_step": args.prompts_per_step,
-            "temperature": args.temperature,
-            "max_completion_length": args.max_completion_length,
-            "missing_eos_score": args.missing_eos_score,
-            "learning_rate": args.learning_rate,
-            "lr_scheduler_type": str(args.lr_scheduler_type.value),
-            "optim": str(args.optim.value),
-            "max_grad_norm": args.max_grad_norm,
-            "weight_decay": args.weight_decay,
-            "seed": args.seed,
+            "warmup_steps": args.get_warmup_steps(self._rounds * self.schedule.steps_per_round),
             "rounds": self._rounds,
-            "prompts": len(self._train_prompts),
+            "reward_funcs": self._rewards.names,
+            "train_dataset": f"{len(prompts)} prompts {zlib.crc32(repr(prompts).encode()):08x}",
             "parameters": sum(p.numel() for p in self.model.parameters() if p.requires_grad),
             "model": type(self.model).__name__,
         }
@@ -527,6 +455,7 @@ class AsyncRLHFTrainer:
             max_prompt_length=self.args.max_prompt_length,
             max_new_tokens=self.args.max_completion_length,
             positions=getattr(config, "max_position_embeddings", None),
+            vocab_size=self._vocab_size,
         )
 
     def _number_of_rounds(self) -> int:
@@ -539,7 +468,7 @@ class AsyncRLHFTrainer:
                     f"(minibatches_per_round * epochs_per_round), got {args.max_steps}; "
                     f"{(rounds + 1) * steps} is one"
                 )
-            return rounds
+            return int(rounds)
         per_round = args.prompts_per_step * self.schedule.minibatches
         rounds = int(args.num_train_epochs * len(self._train_prompts)) // per_round
         if rounds < 1:
@@ -551,10 +480,14 @@ class AsyncRLHFTrainer:
         return rounds
 
     @property
+    def _vocab_size(self) -> int:
+        return int(self.model.get_input_embeddings().num_embeddings)
+
+    @property
     def _pad_id(self) -> int:
         # Never read where it stands for padding: masks come from lengths.
         pad = self.processing_class.pad_token_id
-        return self._eos[0] if pad is None else int(pad)
+        return int(self._eos[0] if pad is None else pad)
 
     def _sampling(self) -> SamplingParams:
         return SamplingParams(

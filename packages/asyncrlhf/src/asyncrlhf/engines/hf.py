@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from asyncrlhf.engines.local import LocalEngine
@@ -38,6 +39,8 @@ class HFEngine:
     Args:
         device: where the copy lives, such as ``"cpu"`` or ``"cuda:1"``.
         placement: see above.
+        dtype: of the copy's weights, such as ``"bfloat16"``; None leaves them as the learner's.
+            Where it differs, so do log-probabilities: see ``is_correction``.
         threads: numeric threads of the process; None takes half of the cores.
         cores: CPU cores that the process is pinned to.
         max_batch_size: most rows that run together.
@@ -55,6 +58,7 @@ class HFEngine:
         device: str = "cpu",
         placement: Placement = "process",
         *,
+        dtype: str | None = None,
         threads: int | None = None,
         cores: Sequence[int] | None = None,
         max_batch_size: int = 64,
@@ -73,10 +77,13 @@ class HFEngine:
         for name, number in numbers.items():
             if number < 1:
                 raise InvalidInputError(f"{name}: expected at least 1, got {number}")
+        if dtype is not None and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise InvalidInputError(f"dtype: expected one of torch, got {dtype!r}")
         if max_restarts < 0:
             raise InvalidInputError(f"max_restarts: expected at least 0, got {max_restarts}")
         self.device = device
         self.placement: Placement = placement
+        self.dtype = dtype
         self.threads = threads or max(1, (os.cpu_count() or 1) // 2)
         self._sizes = {"max_batch_size": max_batch_size, "max_batch_tokens": max_batch_tokens}
         self._remote = {
@@ -100,12 +107,13 @@ class HFEngine:
         """
         self.close()
         eos, device, sizes = tuple(eos_token_ids), self.device, dict(self._sizes)
+        dtype = None if self.dtype is None else getattr(torch, self.dtype)
         if self.placement != "process":
-            self._engine = LocalEngine(copy.deepcopy(model).to(device), eos, **sizes)
+            self._engine = LocalEngine(copy.deepcopy(model).to(device, dtype), eos, **sizes)
             return
 
         def make() -> LocalEngine:
-            return LocalEngine(model.to(device), eos, **sizes)
+            return LocalEngine(model.to(device, dtype), eos, **sizes)
 
         remote: dict[str, Any] = self._remote
         self._engine = RemoteEngine(

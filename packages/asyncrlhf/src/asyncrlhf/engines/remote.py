@@ -7,6 +7,7 @@ import logging
 import pickle
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from asyncrlhf.engines.protocol import Completion, GenerationEngine
@@ -74,7 +75,8 @@ class SupervisedEngine:
         self._max_restarts = max_restarts
         self._timeout = timeout
         self._version = 0
-        self._source: Any = None
+        self._source: Any = None  # of the weights that count
+        self._holds_them = True  # whether the process does
         self._busy = threading.Lock()  # the process takes one call at a time
         # Kept on this side: a process that waits to be resumed could not be told to.
         self._running = threading.Event()
@@ -95,13 +97,19 @@ class SupervisedEngine:
         return self._version
 
     def start(self) -> None:
-        """Start the process now rather than at the first call.
+        """Start the process now, with the weights it had, rather than at the next call.
 
         Raises:
-            ActorError: it did not start.
+            ActorError: it did not start, or died again.
+            WaitTimeoutError: it took too long.
         """
-        if not self._process.alive:
-            self._process.start()
+        with self._turn():
+            if not self._process.alive:
+                try:
+                    self._begin()
+                    self._restore()
+                except ProcessDiedError as error:
+                    raise ActorError(f"{self._what} did not start: {error}") from error
 
     def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
         """Completions in the order of the requests.
@@ -129,7 +137,7 @@ class SupervisedEngine:
             # Copies: a process that is started again needs them as they are now.
             portable = [(name, value.detach().to("cpu", copy=True)) for name, value in source]
         self._surely("load_weights", portable, version)
-        self._source, self._version = portable, version
+        self._source, self._version, self._holds_them = portable, version, True
 
     def pause(self) -> None:
         """Hold back further requests."""
@@ -157,14 +165,23 @@ class SupervisedEngine:
         self._process.close()
         self._running.set()
 
-    def _surely(self, method: str, *args: object) -> Any:
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
         if not self._busy.acquire(timeout=self._timeout):
             raise WaitTimeoutError(f"{self._what} to finish an earlier call", self._timeout)
         try:
+            yield
+        finally:
+            self._busy.release()
+
+    def _surely(self, method: str, *args: object) -> Any:
+        with self._turn():
             for attempt in range(self._max_restarts + 1):
                 try:
                     if not self._process.alive:
                         self._begin()
+                    if method == "generate":
+                        self._restore()
                     return self._process.call(method, *args, timeout=self._timeout)
                 except ProcessDiedError as error:
                     if attempt == self._max_restarts:
@@ -174,16 +191,19 @@ class SupervisedEngine:
                         ) from error
                     _LOG.warning("%s; starting it again", error)
                     self.regenerated += method == "generate"
-            raise AssertionError("unreachable")
-        finally:
-            self._busy.release()
+        raise AssertionError("unreachable")
 
     def _begin(self) -> None:
         again = self._process.starts > 0
         self._process.start()
         self.restarts += again
-        if self._source is not None:
+        self._holds_them = self._source is None
+
+    def _restore(self) -> None:
+        # Only for tokens, and not before an update: by then the snapshot may be overwritten.
+        if not self._holds_them:
             self._process.call("load_weights", self._source, self._version, timeout=self._timeout)
+            self._holds_them = True
 
 
 class RemoteEngine(SupervisedEngine):

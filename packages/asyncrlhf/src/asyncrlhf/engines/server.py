@@ -6,28 +6,29 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from asyncrlhf.engines.control import ControlError, ServerControl
+from asyncrlhf.engines.control import (
+    ControlError,
+    InFlight,
+    ServerControl,
+    ServerHolder,
+)
 from asyncrlhf.engines.protocol import Completion, VersionSpan
 from asyncrlhf.engines.updates import LoadedWeights
 from asyncrlhf.errors import InvalidInputError, WaitTimeoutError, WeightUpdateError
 from asyncrlhf.settings import at_least, one_of, positive
 from asyncrlhf.transport.model_folder import ModelFolder
-from asyncrlhf.transport.routes import Route, SyncClient
+from asyncrlhf.transport.routes import Route
 from asyncrlhf.transport.vllm_folder import ReloadFolder, VLLMFolder
 from decapod.lm import Completion as Answer
-from decapod.lm import EngineError, Request, ServerEngine, ServerError
+from decapod.lm import Request, ServerEngine, ServerError
 from decapod.lm.engine import check_requests
 from decapod.lm.server import answer
 
-if TYPE_CHECKING:
-    from httpx import Response  # noqa: F401
-
 Endpoint = Literal["completions", "generate"]
-InFlight = Literal["wait", "keep", "abort"]
 _HEALTH_SECONDS = 5.0
 
 
@@ -110,7 +111,7 @@ class VLLMServer:
         self.model = model
         self.endpoint: Endpoint = endpoint
         self._route = VLLMFolder(weights) if isinstance(weights, str | Path) else weights
-        self._start_path = None if start is None else Path(start)
+        self._start_path = None if start is None else Path(start).absolute()
         self._timeout = timeout
         self._pause_timeout = pause_timeout
         path = "v1" if endpoint == "completions" else "inference/v1"
@@ -125,7 +126,7 @@ class VLLMServer:
         self._control = ServerControl(
             self.url, timeout=update_timeout, retries=retries, api_key=api_key
         )
-        self._server = _Server(self._control, in_flight)
+        self._server = ServerHolder(self._control, in_flight)
         self._busy = threading.RLock()  # weights are being changed, or looked at
         self._running = threading.Event()
         self._running.set()
@@ -185,9 +186,8 @@ class VLLMServer:
             try:
                 loaded = self._weights_in_use()
             except (ControlError, WaitTimeoutError) as error:
-                raise WeightUpdateError(f"weights of version {version} were not sent: {error}") from (
-                    error
-                )
+                problem = f"weights of version {version} were not sent: {error}"
+                raise WeightUpdateError(problem) from error
             update = self._route.prepare(source, version, self._start)
             loaded.replace(update, version)
 
@@ -252,14 +252,13 @@ class VLLMServer:
         """What the server began with, asked for when it is first needed."""
         if self._loaded is None:
             root = self._server.folder(self.model)
-            here = self._start_path or Path(root)
-            if any(here.glob("*.safetensors")):
+            here = self._start_path or root
+            if here.is_absolute() and any(here.glob("*.safetensors")):
                 self._start = ModelFolder(here)
             elif self._start_path is not None:
-                raise InvalidInputError(f"start: {here} holds no safetensors files")
-            self._loaded = LoadedWeights(
-                self._server, ReloadFolder(Path(root)), f"the server {self.url}"
-            )
+                raise InvalidInputError(f"start: {here.absolute()} holds no safetensors files")
+            start = ReloadFolder(root) if self._server.fresh else None
+            self._loaded = LoadedWeights(self._server, start, f"the server {self.url}")
         return self._loaded
 
     def _asked(self, requests: Sequence[Request], version: int) -> list[Completion]:
@@ -278,102 +277,12 @@ class VLLMServer:
         return self._client.post_all([("generate", _body(request)) for request in requests], read)
 
 
-class _Server:
-    """The server as a holder of weights."""
-
-    def __init__(self, control: ServerControl, in_flight: InFlight) -> None:
-        self._control = control
-        self._in_flight: InFlight = in_flight
-        self.stays_paused = False
-        self._versions: dict[str, int] | None = None  # by label; None where there are no labels
-
-    def folder(self, model: str) -> str:
-        """The folder or name that the server was started with; and learn its label."""
-        cards = self._control.get("v1/models")["data"]
-        try:
-            self._versions = {str(self._control.get("weight_info")["weight_version"]): 0}
-        except ControlError as error:
-            if error.status != 404:
-                raise
-        for card in cards:
-            if card["id"] == model:
-                return str(card.get("root") or model)
-        raise InvalidInputError(
-            f"model: the server knows {[card['id'] for card in cards]}, not {model!r}"
-        )
-
-    def pause(self, mode: InFlight | None) -> None:
-        self._control.post("pause", query={"mode": mode or self._in_flight})
-
-    def resume(self) -> None:
-        self._control.post("resume")
-
-    def hold(self) -> None:
-        self.pause(None)
-
-    def mend(self) -> None:
-        """Nothing can be done from here; most failures leave nothing to mend."""
-
-    def reload(self, folder: Path) -> None:
-        call = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
-        self._control.post("collective_rpc", call)
-
-    def sync_client(self, timeout: float) -> SyncClient:
-        from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient
-
-        client: SyncClient = HTTPVLLMWeightSyncClient(self._control.url, timeout=timeout)
-        return client
-
-    def world_size(self) -> int:
-        return int(self._control.get("get_world_size")["world_size"])
-
-    def settle(self, version: int) -> None:
-        # Those that are kept get their keys and values anew, by the new weights.
-        query = {"reset_running_requests": self._in_flight == "keep"}
-        done = self._control.post("reset_prefix_cache", query=query)
-        if not (done or {}).get("success", True):
-            raise ControlError("the server did not empty its prefix cache", None)
-        if self._versions is not None:
-            self._control.post("update_weight_version", {"new_version": str(version)})
-            self._versions[str(version)] = version
-        if not self.stays_paused:
-            self.resume()
-
-    def check_label(self, version: int) -> None:
-        """Raise if the server says that its weights are not those of the version.
-
-        Raises:
-            WeightUpdateError: with what it says.
-        """
-        if self._versions is None:
-            return
-        label = str(self._control.get("weight_info")["weight_version"])
-        if self._versions.get(label) != version:
-            raise WeightUpdateError(
-                f"the server {self._control.url} says that its weights are {label!r}, but version "
-                f"{version} was loaded; it was started again, or somebody else changes its "
-                "weights; load weights again"
-            )
-
-    def spans(self, choice: Mapping[str, Any]) -> list[VersionSpan] | None:
-        """The spans of an answer; None where the server does not tell."""
-        if self._versions is None or not choice.get("weight_versions"):
-            return None
-        spans = []
-        for span in choice["weight_versions"]:
-            version = self._versions.get(str(span["version"]))
-            if version is None:
-                raise ValueError(f"tokens by weights {span['version']!r}, which nobody loaded here")
-            spans.append(VersionSpan(int(span["start"]), int(span["end"]), version))
-        return spans
-
-
 def _completion(given: Answer, version: int, spans: list[VersionSpan] | None) -> Completion:
     length = len(given.token_ids)
     spans = spans or [VersionSpan(0, length, version)]
     ends = [0, *(span.end for span in spans)]
     if [span.start for span in spans] != ends[:-1] or ends[-1] != length:
-        raise EngineError(f"request {given.id!r}: {length} tokens with version spans {spans}")
+        raise ValueError(f"{length} tokens with the version spans {spans}")
     return Completion(given.token_ids, given.logprobs, tuple(spans), given.finish_reason, given.id)
 
 

@@ -58,7 +58,9 @@ class LoadedWeights:
                 where they could not be brought back, ``problem`` says so.
         """
         broken, touched = bool(self.problem), False
-        self.problem = f"an update of {self._what} to version {version} was interrupted"
+        self.problem = (
+            f"{self._what} is being updated to version {version}, or that was interrupted"
+        )
         try:
             self._holder.hold()
             touched = True

@@ -227,25 +227,25 @@ class SafetensorsDir:
         except ModuleNotFoundError as error:
             raise MissingExtraError("safetensors", "train") from error
         try:
-            check_version(version, max(self.versions, default=None))
+            self.path.mkdir(parents=True, exist_ok=True)
+            there = self.versions
+        except OSError as error:
+            raise WeightUpdateError(f"{self.path} cannot be written: {error}") from error
+        try:
+            check_version(version, max(there, default=None))
         except InvalidInputError as error:
-            if self._own or not self.versions:
+            if self._own or not there:
                 raise
             raise InvalidInputError(
                 f"{error}, in {self.path}: left by another run; use an empty folder, or call "
                 "rewind(version) with the one that this run goes on from"
             ) from error
-        if self._started:
-            return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
+        if not self._started:
             leftover = re.compile(rf"\.{re.escape(self.prefix)}-\d+\.[0-9a-f]{{8}}\.tmp")
             for path in self.path.iterdir():
                 if leftover.fullmatch(path.name):
                     shutil.rmtree(path, ignore_errors=True)
-        except OSError as error:
-            raise WeightUpdateError(f"{self.path} cannot be written: {error}") from error
-        self._started = True
+            self._started = True
 
     def _publish(
         self,

@@ -37,6 +37,8 @@ class VLLMTransfer:
         packed: send many tensors in one message.
         device: where tensors must be to be sent.
         timeout: seconds that joining, and each sending, may take.
+        client: the receiving end, such as vLLM's ``RayVLLMWeightSyncClient``; None asks the engine
+            for one.
         trainer_init: makes the trainer's end, an object with ``send_weights()`` and
             ``shutdown()``, from a :class:`SyncClient` and what is to be sent; None is vLLM's.
 
@@ -54,6 +56,7 @@ class VLLMTransfer:
         packed: bool = True,
         device: str | torch.device = "cuda",
         timeout: float = 600.0,
+        client: SyncClient | None = None,
         trainer_init: Callable[[SyncClient, TensorSource], Any] | None = None,
     ) -> None:
         if trainer_init is None:
@@ -69,6 +72,7 @@ class VLLMTransfer:
         self._address = (master_address, master_port)
         self._world_size = world_size
         self._packed = packed
+        self._client = client
         self._trainer_init = trainer_init
         self._weights = TensorSource()
         self._joined: tuple[_Labelled, Any] | None = None
@@ -87,7 +91,7 @@ class VLLMTransfer:
         self._weights.pairs = [(name, value.to(self.device)) for name, value in weights]
         try:
             if self._joined is None:
-                client = _Labelled(receiver.sync_client(self.timeout))
+                client = _Labelled(self._client or receiver.sync_client(self.timeout))
                 trainer = self._limited(client, lambda: self._join(client, receiver))
                 self._joined = (client, trainer)
             client, trainer = self._joined

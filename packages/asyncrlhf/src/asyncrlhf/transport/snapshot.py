@@ -36,7 +36,7 @@ class Snapshot(Protocol):
 
 
 class Transport(Protocol):
-    """Publishes weights to actors; the newest versions can be read until newer ones replace them."""
+    """Publishes weights to actors; the newest versions stay readable until newer replace them."""
 
     def publish(self, weights: Iterable[tuple[str, Tensor]], version: int) -> Snapshot:
         """Take a snapshot and make it readable.

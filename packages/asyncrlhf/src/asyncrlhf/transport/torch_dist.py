@@ -86,8 +86,9 @@ class TorchDist:
         group: gloo or NCCL; None means all ranks.
         src: the rank that publishes, counted over all processes as for ``broadcast``.
         timeout: seconds that each step may take after :meth:`publish` began; with NCCL, the
-            group's own timeout counts. The group's own timeout must be longer than the time between
-            two publications, because it also runs while :meth:`receive` waits.
+            group's own timeout counts. That one must be longer than the time between two
+            publications, because it also runs while :meth:`receive` waits; and after a rank did not
+            answer, torch lets the process end, or destroy the group, only when it is over.
         device: where the tensors travel and stay; None is the current GPU for NCCL, else the CPU.
         bucket_bytes: tensors travel in groups of about this size; that of ``src`` counts.
         checksum: compare the checksum of what arrived with that of what was sent; that of ``src``

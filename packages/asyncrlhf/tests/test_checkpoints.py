@@ -70,7 +70,7 @@ def stopped_at_4(made: Make, **changes: Any) -> Path:
 
 
 def other_layers(replay: Any) -> Any:
-    """A model whose parameters are not in the order of the alphabet, nor all of one dtype."""
+    """A model whose parameters are not in the order of the alphabet, and do not all learn."""
     from decapod.lm import build_model
 
     model = build_model(
@@ -122,14 +122,11 @@ def test_any_settings_resume(replay: Any, made: Make, changes: dict[str, Any]) -
     assert replay.digest(resumed.model) == replay.digest(undisturbed.model)
 
 
-@pytest.mark.parametrize("ahead", [0, 2])
-def test_the_order_of_parameters_in_a_file_does_not_matter(
-    replay: Any, made: Make, ahead: int
-) -> None:
-    undisturbed = made(folder="whole", policy=other_layers(replay), rounds_ahead=ahead)
+def test_the_order_of_parameters_in_a_file_does_not_matter(replay: Any, made: Make) -> None:
+    undisturbed = made(folder="whole", policy=other_layers(replay))
     undisturbed.train()
-    stopped_at_4(made, policy=other_layers(replay), rounds_ahead=ahead)
-    resumed = made(policy=other_layers(replay), rounds_ahead=ahead)
+    stopped_at_4(made, policy=other_layers(replay))
+    resumed = made(policy=other_layers(replay))
     resumed.train(resume_from_checkpoint=True)
     assert replay.digest(resumed.model) == replay.digest(undisturbed.model)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("decapod.lm")
 
 from asyncrlhf.engines import FakeEngine
-from asyncrlhf.errors import InvalidInputError, WaitTimeoutError, WeightUpdateError
+from asyncrlhf.errors import ActorError, InvalidInputError, WaitTimeoutError, WeightUpdateError
 from asyncrlhf.pipeline import Pipeline
 from asyncrlhf.rewards import Rewards
 from asyncrlhf.rounds import Orders, Round
@@ -170,6 +170,32 @@ class Stuck(FakeEngine):
     def close(self) -> None:
         self.closed.set()
         super().close()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c[:-1], "4 completions, got 3"),
+        (lambda c: [*c, c[0]], "4 completions, got 5"),
+        (lambda c: [replace(c[0], logprobs=c[0].logprobs[:-1]), *c[1:]], "a log-probability and"),
+        (lambda c: [replace(c[0], version_spans=()), *c[1:]], "a version for each"),
+        (lambda c: [replace(c[0], ids=(16,), logprobs=(0.0,)), *c[1:]], "got token 16 of 16"),
+    ],
+)
+def test_answers_that_break_the_contract_are_refused(
+    change: Callable[[list[Any]], list[Any]], message: str
+) -> None:
+    class Careless(FakeEngine):
+        def generate(self, requests: Any) -> Any:
+            return iter(change(list(super().generate(requests))))
+
+    pipeline = Pipeline(Careless(), timeout=20.0, vocab_size=16)
+    try:
+        submit(pipeline, 0)
+        with pytest.raises(ActorError, match=f"contract in round 0: expected .*{message}"):
+            pipeline.take(0)
+    finally:
+        pipeline.close()
 
 
 def test_closing_ends_the_threads_of_an_engine_at_work() -> None:

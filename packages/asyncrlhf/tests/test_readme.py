@@ -25,6 +25,8 @@ NEEDS = {
     "trl.md": None,
     "vllm.md": (),
 }
+# PEFT asks transformers for names that it has renamed since.
+pytestmark = pytest.mark.filterwarnings("ignore:.* is deprecated and will be removed:FutureWarning")
 DECIMAL = re.compile(r"\d+\.\d+")
 
 
@@ -56,6 +58,7 @@ def promised(page: Path) -> list[str]:
     return [line for block in blocks(page, "text") for line in block.splitlines() if line.strip()]
 
 
+@pytest.mark.slow
 def test_the_readme_prints_what_it_says_up_to_rounding(
     printed: Callable[[Path], list[str]],
 ) -> None:

@@ -381,6 +381,22 @@ def test_the_report_is_a_text(trained: Train) -> None:
     assert sum(run.report().staleness.values()) == 3
 
 
+def test_each_reward_function_is_logged_by_name(trained: Train) -> None:
+    def length(completion_ids: list[list[int]], log_metric: Any, **_: Any) -> list[float]:
+        log_metric("longest", max(map(len, completion_ids)))
+        return [float(len(ids)) for ids in completion_ids]
+
+    def half(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
+        return [1.0 if i % 2 else None for i in range(len(completion_ids))]
+
+    run = trained(reward_funcs=[length, half], reward_weights=[0.1, 2.0])
+    lengths = logged(run, "rewards/length/mean")
+    assert lengths == logged(run, "completions/mean_length")
+    assert logged(run, "longest") == logged(run, "completions/max_length")
+    assert logged(run, "rewards/half/mean") == [1] * 3
+    assert logged(run, "reward") == pytest.approx([0.1 * mean + 1 for mean in lengths])
+
+
 # --- staleness ------------------------------------------------------------------------------------
 
 

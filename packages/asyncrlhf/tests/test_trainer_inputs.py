@@ -20,6 +20,7 @@ import numpy as np
 from asyncrlhf.engines import FakeEngine, HFEngine
 from asyncrlhf.errors import ActorError, InvalidInputError, RewardError, WeightUpdateError
 from asyncrlhf.trainer import AsyncRLHFTrainer
+from asyncrlhf.transport.segment import create
 
 # peft asks transformers by a name that newer releases warn of.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -28,26 +29,31 @@ Make = Callable[..., AsyncRLHFTrainer]
 ROWS = [{"prompt": "a b c"}, {"prompt": "b c"}, {"prompt": "c"}, {"prompt": "d"}]
 
 
-def left_over() -> tuple[set[str], set[int]]:
-    """Shared memory of ours on this machine, and processes that this one has started."""
-    memory = {p.name for p in Path("/dev/shm").iterdir() if p.name.startswith("asyncrlhf")}
-    children: set[int] = set()
+def children() -> set[int]:
+    """Processes that this one has started."""
+    found: set[int] = set()
     for task in Path("/proc/self/task").iterdir():
         with suppress(OSError):  # a thread that has just ended
-            children |= set(map(int, (task / "children").read_text().split()))
+            found |= set(map(int, (task / "children").read_text().split()))
     tracker: Any = resource_tracker._resource_tracker  # type: ignore[attr-defined]
-    return memory, children - {tracker._pid}  # serves the whole process, once it is needed
+    return found - {tracker._pid}  # serves the whole process, once it is needed
 
 
 @pytest.fixture(autouse=True)
-def nothing_left(tmp_path: Path) -> Iterator[None]:
+def nothing_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Neither files nor memory, processes or threads."""
-    memory, children = left_over()
-    threads = set(threading.enumerate())
+    segments: list[str] = []
+
+    def noted(*args: Any) -> Any:
+        segment, memory = create(*args)
+        segments.append(segment.name)
+        return segment, memory
+
+    monkeypatch.setattr("asyncrlhf.transport.shared_memory.create", noted)
+    before, threads = children(), set(threading.enumerate())
     yield
-    now = left_over()
-    assert now[0] <= memory
-    assert now[1] <= children
+    assert children() <= before
+    assert [name for name in segments if Path("/dev/shm", name).exists()] == []
     assert {t for t in threading.enumerate() if t.name.startswith("asyncrlhf")} <= threads
     assert not (tmp_path / "out").exists()
 
@@ -151,7 +157,7 @@ def test_a_reward_function_that_fails_later_ends_the_run(made: Make, function: A
 
 
 @pytest.mark.parametrize("loss", ["online_dpo", "ppo", "grpo"])
-def test_failed_scores_are_left_out_and_reported(made: Make, loss: str) -> None:
+def test_failed_scores_are_left_out_and_reported(made: Make, caplog: Any, loss: str) -> None:
     def sometimes(completion_ids: list[list[int]], **_: Any) -> list[float]:
         scores = [float(sum(ids)) for ids in completion_ids]
         scores[0] = math.nan
@@ -162,6 +168,9 @@ def test_failed_scores_are_left_out_and_reported(made: Make, loss: str) -> None:
     output = run.train()
     assert output.global_step == 6
     assert logged(run, "reward/failed") == [2] * 6
+    told = [r.getMessage() for r in caplog.records if r.name == "asyncrlhf.trainer"]
+    assert len(told) == 12
+    assert told[0].startswith("round 0: reward function sometimes: expected a finite number")
     assert all(math.isfinite(value) for value in logged(run, "loss") + logged(run, "reward"))
 
 

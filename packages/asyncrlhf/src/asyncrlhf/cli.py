@@ -20,7 +20,10 @@ from asyncrlhf.errors import (
 )
 
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
-_CLI = ("rich", "tyro", "yaml")
+_EXTRAS = {
+    **dict.fromkeys(("rich", "tyro", "yaml"), "cli"),
+    **dict.fromkeys(("accelerate", "datasets", "decapod", "safetensors", "transformers"), "train"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,13 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         getattr(stream, "reconfigure", lambda **_: None)(errors="replace")
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        try:
-            from asyncrlhf.commands.options import parsed
-        except ModuleNotFoundError as error:
-            if (error.name or "").partition(".")[0] not in _CLI:
-                raise
-            raise MissingExtraError(str(error.name), "cli") from error
+        from asyncrlhf.commands.options import parsed
+
         return parsed(arguments).run()
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _EXTRAS:
+            raise
+        return _complain(MissingExtraError(package, _EXTRAS[package]), _USAGE)
     except (InvalidInputError, MissingExtraError) as error:
         return _complain(error, _USAGE)
     except KeyboardInterrupt as error:

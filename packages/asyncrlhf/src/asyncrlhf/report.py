@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from math import isnan
 from statistics import fmean, median
 from typing import TYPE_CHECKING
 
@@ -122,11 +123,18 @@ class Report:
 def round_metrics(done: Round) -> dict[str, float]:
     """Means over the completions of a scored round, under the names of TRL's logs."""
     assert done.rewards is not None
+    each = {
+        f"rewards/{name}/mean": fmean(value for value in values if not isnan(value))
+        for name, values in done.rewards.table.items()
+        if not all(map(isnan, values))
+    }
     kept = [float(s) for s, ok in zip(done.rewards.scores, done.rewards.valid, strict=True) if ok]
     lengths = [len(completion.ids) for completion in done.completions]
     ended = [completion.finish_reason == "stop" for completion in done.completions]
     mean = fmean(kept) if kept else 0.0
     return {
+        **done.rewards.metrics,
+        **each,
         "reward": mean,
         "reward_std": fmean((s - mean) ** 2 for s in kept) ** 0.5 if kept else 0.0,
         "reward/failed": float(len(lengths) - len(kept)),

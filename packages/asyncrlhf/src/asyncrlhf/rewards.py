@@ -172,12 +172,13 @@ class RewardSuite:
             InvalidInputError: as :meth:`prepare`.
         """
         self.prepare()
+        end = self.tokenizer.eos_token_id  # of the model alone, perhaps
         strict = copy.copy(self)
         strict.on_error, strict._ready = "raise", self._ready
         strict(
             prompts=[prompt],
             prompt_ids=[prompt_ids],
-            completion_ids=[[self.tokenizer.eos_token_id]],
+            completion_ids=[[] if end is None else [end]],
             has_eos=[True],
             columns={name: [value] for name, value in row.items()},
         )

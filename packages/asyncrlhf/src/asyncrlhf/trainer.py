@@ -285,6 +285,9 @@ class AsyncRLHFTrainer:
             done = self._scored(done)
             seconds = time.perf_counter() - started
         assert self._learner is not None
+        assert done.rewards is not None
+        for problem in done.rewards.problems:
+            _LOG.warning("round %d: %s", done.order.index, problem)
         described = round_metrics(done)
         limit = self.args.max_staleness if self.args.stale_policy == "drop" else None
         steps = self._learner.learn(

@@ -70,18 +70,12 @@ def _number(value: float) -> str:
 
 
 def _against_synchronous(report: Report) -> str:
-    synchronous, this = _simulated(report)
-    if not report.schedule.ahead:
-        gain = this.speedup_over(synchronous)
-        return (
-            "One round ahead, the same work would take, by the timing model, "
-            f"{gain.ratio:.2f}× the speed ({gain.time_reduction:.0%} less time)."
-        )
-    gain = this.speedup_over(synchronous)
-    return (
-        "Against the same work done synchronously, by the timing model: "
-        f"{gain.ratio:.2f}× the speed, {gain.time_reduction:.0%} less time."
-    )
+    synchronous, ahead = _simulated(report)
+    gain = ahead.speedup_over(synchronous)
+    told = f"{gain.ratio:.2f}× the speed, {gain.time_reduction:.0%} less time"
+    if report.schedule.ahead:
+        return f"Against the same work done synchronously, by the timing model: {told}."
+    return f"The same work one round ahead, by the timing model: {told}."
 
 
 def _simulated(report: Report) -> list[Any]:

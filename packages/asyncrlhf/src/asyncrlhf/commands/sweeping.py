@@ -90,9 +90,8 @@ def run_cell(recipe: Mapping[str, Any]) -> dict[str, Any]:
     from asyncrlhf.commands.running import train
 
     found = train(Recipe.of(recipe), resume=True)
-    policy = {f"{name}": value for name, value in found.pop("policy", {}).items()}
-    found.pop("reference", None)
-    return {**found, **policy}
+    plain = {name: value for name, value in found.items() if name not in ("policy", "reference")}
+    return {**plain, **found.get("policy", {})}
 
 
 def sweep(

@@ -281,7 +281,8 @@ def _completion(given: Answer, version: int, spans: list[VersionSpan] | None) ->
     length = len(given.token_ids)
     spans = spans or [VersionSpan(0, length, version)]
     ends = [0, *(span.end for span in spans)]
-    if [span.start for span in spans] != ends[:-1] or ends[-1] != length:
+    without_gaps = [span.start for span in spans] == ends[:-1]
+    if not without_gaps or ends != sorted(ends) or ends[-1] != length:
         raise ValueError(f"{length} tokens with the version spans {spans}")
     return Completion(given.token_ids, given.logprobs, tuple(spans), given.finish_reason, given.id)
 

@@ -78,8 +78,9 @@ def losses_of(cells: Cells) -> list[str]:
 def robustness(cells: Cells) -> dict[str, Evidence]:
     """Evidence for all claims about staleness."""
     return {
-        "dpo-loses-less": _less(cells, GENTLE),
-        "dpo-loses-less-large-rate": _less(cells, LARGE),
+        "dpo-loses-less": _less(cells, GENTLE, "proximal_rloo"),
+        "dpo-loses-less-than-ppo": _less(cells, GENTLE, "ppo"),
+        "dpo-loses-less-large-rate": _less(cells, LARGE, "proximal_rloo"),
         "dpo-loses-least": _least(cells, GENTLE),
         "two-is-one": _two_is_one(cells),
         "same-frontier": _frontier(cells, "proximal_rloo", GENTLE),
@@ -87,9 +88,11 @@ def robustness(cells: Cells) -> dict[str, Evidence]:
     }
 
 
-def _less(cells: Cells, rate: float) -> Evidence:
-    of = {NAMES[loss]: lost(cells, loss, rate) for loss in ("online_dpo", "proximal_rloo")}
-    margin = of["Proximal RLOO"] - of["online DPO"]
+def _less(cells: Cells, rate: float, other: str) -> Evidence:
+    if other not in losses_of(cells):
+        return unknown("seeds", f"This profile has no run of {NAMES[other]}.")
+    of = {NAMES[loss]: lost(cells, loss, rate) for loss in ("online_dpo", other)}
+    margin = of[NAMES[other]] - of["online DPO"]
     return _over_seeds(margin, _means(of), f"Learning rate {rate:g}; paired by seed.")
 
 

@@ -197,7 +197,8 @@ def vllm(session: nox.Session) -> None:
     for name in names:
         for project in (name, *siblings(name)):
             arguments += editable(project, [])
-        arguments += METADATA[name]["dependency-groups"]["test"]
+        groups = METADATA[name]["dependency-groups"]
+        arguments += [*groups["test"], *groups.get("vllm", [])]
     install(session, VLLM, *arguments)
     # It brings CUDA builds of these, whose presence breaks every import of transformers.
     python = str(Path(session.bin) / "python")

@@ -148,7 +148,8 @@ def real_url(folder: Path) -> Iterator[str]:
     log = folder / "server.log"
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager",
-        "--enable-scale-out", *(str(word) for pair in words.items() for word in pair),
+        "--enable-scale-out", "--no-enable-chunked-prefill",
+        *(str(word) for pair in words.items() for word in pair),
     ]  # fmt: skip
     settings = {"VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     with log.open("wb") as stream:

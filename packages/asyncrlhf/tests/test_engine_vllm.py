@@ -243,6 +243,16 @@ def test_requests_are_checked_and_seeds_decide_alone(engine: VLLMInProcess) -> N
 
 
 @needs_vllm
+def test_more_seeded_tokens_than_fit_into_one_step_are_served(engine: VLLMInProcess) -> None:
+    """On a CPU, vLLM ends when it computes a prompt of a seeded request in parts."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 45, 200).tolist() for _ in range(40)]
+    limit = engine._llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    assert limit < 40 * 200
+    assert len(list(engine.generate(sample_requests(prompts, DRAWN)))) == 40
+
+
+@needs_vllm
 def test_log_probabilities_before_temperature_are_refused_twice(
     llm: Any, engine: VLLMInProcess, monkeypatch: Any
 ) -> None:

@@ -330,11 +330,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("engine")
 
 
-@pytest.fixture(scope="module")
-def engine(folder: Path) -> Iterator[RemoteEngine]:
+def make_engine(folder: Path, **options: Any) -> RemoteEngine:
+    """An engine that looks for files which say what it is to do."""
+
     def latency(number: int) -> float:
-        while (folder / "hold").exists():
-            (folder / "held").touch()
+        while (folder / f"hold {os.getpid()}").exists():
+            (folder / f"held {os.getpid()}").touch()
             time.sleep(0.02)
         return 0.0
 
@@ -344,23 +345,29 @@ def engine(folder: Path) -> Iterator[RemoteEngine]:
                 raise WeightUpdateError("this load was to fail")
             super().load_weights(source, version)
 
-    remote = RemoteEngine(lambda: Breakable(latency), what="the actor", silence_timeout=3.0)
+    return RemoteEngine(lambda: Breakable(latency), what="the actor", **options)
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Iterator[RemoteEngine]:
+    remote = make_engine(folder)
     yield remote
     remote.close()
     remote.close()
 
 
 @contextmanager
-def in_mid_call(folder: Path, action: Callable[[], None]) -> Iterator[None]:
-    """Does something while the engine generates, which it goes on with only afterwards."""
+def in_mid_call(folder: Path, pid: int, action: Callable[[], None]) -> Iterator[None]:
+    """Does something while the process generates, which it goes on with only afterwards."""
+    hold, held = folder / f"hold {pid}", folder / f"held {pid}"
 
     def act() -> None:
-        wait_until((folder / "held").exists, "the call to begin")
+        wait_until(held.exists, "the call to begin")
         action()
-        (folder / "hold").unlink()
-        (folder / "held").unlink()
+        hold.unlink()
 
-    (folder / "hold").touch()
+    held.unlink(missing_ok=True)
+    hold.touch()
     thread = threading.Thread(target=act)
     thread.start()
     yield
@@ -378,7 +385,7 @@ def test_a_killed_engine_comes_back_with_its_weights_and_the_same_completions(
 ) -> None:
     engine.load_weights([], 4)
     pid, restarts, again = pid_of(engine), engine.restarts, engine.regenerated
-    with in_mid_call(folder, lambda: os.kill(pid, signal.SIGKILL)):
+    with in_mid_call(folder, pid, lambda: os.kill(pid, signal.SIGKILL)):
         completions = list(engine.generate(REQUESTS))
     assert completions == expected(version=4)
     assert (engine.restarts, engine.regenerated) == (restarts + 1, again + 1)
@@ -388,15 +395,19 @@ def test_a_killed_engine_comes_back_with_its_weights_and_the_same_completions(
     assert (engine.restarts, engine.regenerated) == (restarts + 1, again + 1)
 
 
-def test_an_engine_that_stops_in_mid_call_is_started_again(
-    engine: RemoteEngine, folder: Path
-) -> None:
-    engine.load_weights([], 2)
-    pid, again = pid_of(engine), engine.regenerated
-    with in_mid_call(folder, lambda: stop(pid)):
-        assert list(engine.generate(REQUESTS)) == expected(version=2)
-    assert engine.regenerated == again + 1
-    assert gone(pid)
+def test_an_engine_that_stops_in_mid_call_is_started_again(folder: Path) -> None:
+    engine = make_engine(folder, silence_timeout=3.0)
+    try:
+        engine.load_weights([], 2)
+        pid = pid_of(engine)
+        with in_mid_call(folder, pid, lambda: stop(pid)):
+            assert list(engine.generate(REQUESTS)) == expected(version=2)
+        # A machine with too much to do may keep the next process silent as well.
+        assert engine.regenerated >= 1
+        assert engine.restarts == engine.regenerated
+        assert gone(pid)
+    finally:
+        engine.close()
 
 
 def test_a_failed_load_keeps_the_old_version_in_the_next_process_too(
@@ -458,7 +469,7 @@ def test_two_threads_take_turns(engine: RemoteEngine, folder: Path) -> None:
         other.start()
         states.append(engine.health())
 
-    with in_mid_call(folder, look):
+    with in_mid_call(folder, pid_of(engine), look):
         work()
     other.join(LIMIT)
     assert states == [""]

@@ -13,15 +13,13 @@ from hypothesis import strategies as st
 
 from asyncrlhf import schedule
 from asyncrlhf.errors import InvalidInputError
+from asyncrlhf.measured import RoundTimes, compare, remaining_time
 from asyncrlhf.schedule import (
     Layout,
     RoundSchedule,
-    RoundTimes,
     Timeline,
-    compare,
     predicted_makespan,
     predicted_round_time,
-    remaining_time,
     simulate,
 )
 

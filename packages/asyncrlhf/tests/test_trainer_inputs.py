@@ -344,6 +344,11 @@ def test_evaluating_without_data_is_refused(made: Make) -> None:
         made().evaluate()
 
 
+def test_an_unknown_number_format_of_the_actor_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="dtype: expected one of torch, got 'bf8'"):
+        HFEngine(dtype="bf8")
+
+
 # --- engines and callbacks ------------------------------------------------------------------------
 
 

@@ -62,7 +62,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for rank in range(RANKS)
     ]  # fmt: skip
     try:
-        told = [process.communicate(timeout=100)[0] for process in processes]
+        told = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

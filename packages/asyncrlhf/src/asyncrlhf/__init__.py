@@ -66,7 +66,7 @@ _HOMES = {
     "trainer": ("AsyncRLHFTrainer",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
-_TRAIN = ("accelerate", "datasets", "decapod", "safetensors", "transformers")
+_TRAIN = ("accelerate", "decapod", "safetensors", "transformers")
 
 __all__ = [
     "ActorError",

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_callback import (
@@ -25,8 +25,35 @@ if TYPE_CHECKING:
     from asyncrlhf.report import Report
 
 
+_WATCHED: Final = frozenset(
+    (
+        "epoch",
+        "ess",
+        "eval_kl",
+        "eval_ppl",
+        "eval_reward",
+        "kl",
+        "learning_rate",
+        "loss",
+        "reward",
+        "staleness",
+        "train_runtime",
+    )
+)
+
+
 class RoundProgress(ProgressCallback):
-    """The progress bar, with who waits and when the run ends as the timing model predicts it."""
+    """The progress bar, with who waits and when the run ends as the timing model predicts it.
+
+    Of the logs it shows what one watches; the history and the reporters have all of them.
+    """
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **rest: Any
+    ) -> None:
+        """Write one line above the bar."""
+        shown = {name: value for name, value in (logs or {}).items() if name in _WATCHED}
+        super().on_log(args, state, control, logs=shown, **rest)
 
     def round_ended(self, report: Report, rounds_left: int) -> None:
         """Show the prediction."""

@@ -22,7 +22,7 @@ from asyncrlhf.errors import (
 _FAILED, _USAGE, _INTERRUPTED = 1, 2, 130
 _EXTRAS = {
     **dict.fromkeys(("rich", "tyro", "yaml"), "cli"),
-    **dict.fromkeys(("accelerate", "datasets", "decapod", "safetensors", "transformers"), "train"),
+    **dict.fromkeys(("accelerate", "decapod", "safetensors", "transformers"), "train"),
 }
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from asyncrlhf.measured import RoundTimes
 from asyncrlhf.rounds import Round
-from asyncrlhf.schedule import RoundSchedule, RoundTimes
+from asyncrlhf.schedule import RoundSchedule
 
 
 def run_rounds(

@@ -17,7 +17,13 @@ def is_model(function: Any) -> bool:
 
 
 def model_reward(
-    model: Any, tokenizer: Any, policy_tokenizer: Any, *, name: str, batch_size: int
+    model: Any,
+    tokenizer: Any,
+    policy_tokenizer: Any,
+    *,
+    name: str,
+    batch_size: int,
+    device: str | None = None,
 ) -> Callable[..., Any]:
     """A reward function out of a reward model.
 
@@ -31,12 +37,13 @@ def model_reward(
         policy_tokenizer: of the policy.
         name: for messages.
         batch_size: sequences per pass.
+        device: where a model that is loaded from a path goes; others stay where they are.
 
     Raises:
         InvalidInputError: it cannot be loaded, it is no reward model, or it needs a tokenizer.
     """
     if isinstance(model, str | Path):
-        model = _loaded(str(model), name)
+        model = _loaded(str(model), name).to(device)
     if model.config.num_labels != 1:
         raise InvalidInputError(
             f"reward_funcs: {name}: expected a model with one label, its score, got "

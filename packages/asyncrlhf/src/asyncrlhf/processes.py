@@ -139,7 +139,7 @@ class SupervisedProcess:
         except BaseException as error:
             if isinstance(error, WaitTimeoutError | ProcessDiedError | KeyboardInterrupt):
                 child.kill()
-            if self._closed and isinstance(error, ProcessDiedError):
+            if self._child is None and isinstance(error, ProcessDiedError):  # closed meanwhile
                 raise ActorError(f"{self.what} was closed") from error
             raise
 

@@ -7,14 +7,8 @@ from math import isnan
 from statistics import fmean, median
 from typing import TYPE_CHECKING
 
-from asyncrlhf.schedule import (
-    Comparison,
-    RoundSchedule,
-    RoundTimes,
-    compare,
-    remaining_time,
-    simulate,
-)
+from asyncrlhf.measured import Comparison, RoundTimes, compare, remaining_time
+from asyncrlhf.schedule import RoundSchedule, simulate
 
 if TYPE_CHECKING:
     from asyncrlhf.learner import Step

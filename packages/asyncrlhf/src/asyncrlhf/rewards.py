@@ -68,6 +68,7 @@ class RewardSuite:
             paper's -1); None: what they say.
         batch_size: sequences per pass of a reward model.
         timeout: seconds that an ``async`` function may take.
+        device: where reward models go that are given as paths; None leaves them on the CPU.
 
     Raises:
         InvalidInputError: no function, something that is none, or numbers that do not fit.
@@ -84,6 +85,7 @@ class RewardSuite:
         missing_eos_score: float | None = -1.0,
         batch_size: int = 64,
         timeout: float = 600.0,
+        device: str | None = None,
     ) -> None:
         self.functions: list[Any] = _listed(reward_funcs)
         if not self.functions:
@@ -120,6 +122,7 @@ class RewardSuite:
         self.missing_eos_score = missing_eos_score
         self.batch_size = batch_size
         self.timeout = timeout
+        self.device = device
         self._ready: list[Callable[..., Any]] | None = None
 
     def with_functions(self, functions: Sequence[Any]) -> RewardSuite:
@@ -151,6 +154,7 @@ class RewardSuite:
                     self.tokenizer,
                     name=name,
                     batch_size=self.batch_size,
+                    device=self.device,
                 )
                 if isinstance(function, str | Path) or is_model(function)
                 else function

@@ -34,6 +34,7 @@ from asyncrlhf.errors import InvalidInputError, MissingExtraError
 from asyncrlhf.evaluate import evaluate_on
 from asyncrlhf.learner import Learner, Step, param_groups
 from asyncrlhf.loop import run_rounds
+from asyncrlhf.measured import RoundTimes
 from asyncrlhf.models import eos_token_ids, reference_of, without_dropout
 from asyncrlhf.objectives import Objective
 from asyncrlhf.processors import processor_share
@@ -41,7 +42,6 @@ from asyncrlhf.ranks import Ranks
 from asyncrlhf.report import Report, round_metrics
 from asyncrlhf.rewards import Rewards, RewardSuite, check_picklable
 from asyncrlhf.rounds import Orders, Round
-from asyncrlhf.schedule import RoundTimes
 from asyncrlhf.scoring import ScoringProcess
 from asyncrlhf.settings import IsCorrection, Scoring
 from asyncrlhf.supply import Supply
@@ -106,6 +106,11 @@ class AsyncRLHFTrainer:
         self.accelerator = Accelerator(
             cpu=args.use_cpu, mixed_precision="bf16" if args.bf16 else "fp16" if args.fp16 else "no"
         )
+        if self.accelerator.distributed_type in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+            raise InvalidInputError(
+                f"accelerate: expected whole copies of the model on every process (DDP), got "
+                f"{self.accelerator.distributed_type}; train an adapter if a copy does not fit"
+            )
         if processing_class is None:
             path = model if isinstance(model, str) else model.config.name_or_path
             processing_class = AutoTokenizer.from_pretrained(path, padding_side="left")
@@ -147,6 +152,7 @@ class AsyncRLHFTrainer:
             reward_tokenizers=reward_processing_classes,
             on_error=args.on_reward_error,
             missing_eos_score=args.missing_eos_score,
+            device=str(self.accelerator.device),
         )
         if args.scoring == "process":
             check_picklable(self._rewards)

@@ -11,14 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from asyncrlhf.commands.parts import build_engine, build_transport
-from asyncrlhf.commands.recipe import (
-    TINY,
-    GSM8KTask,
-    JsonlTask,
-    Recipe,
-    SyntheticTask,
-    is_function,
-)
+from asyncrlhf.commands.recipe import Recipe, is_function
+from asyncrlhf.commands.sections import TINY, GSM8KTask, JsonlTask, SyntheticTask
 from asyncrlhf.errors import InvalidInputError
 
 if TYPE_CHECKING:

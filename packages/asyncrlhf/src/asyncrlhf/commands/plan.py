@@ -12,7 +12,8 @@ from rich.table import Table
 from asyncrlhf import losses
 from asyncrlhf.commands.building import load_function, read_rows, synthetic_task
 from asyncrlhf.commands.parts import addresses
-from asyncrlhf.commands.recipe import TINY, Recipe, SyntheticTask, Timing, is_function
+from asyncrlhf.commands.recipe import Recipe, is_function
+from asyncrlhf.commands.sections import TINY, SyntheticTask, Timing
 from asyncrlhf.commands.simulation import timelines
 from asyncrlhf.errors import InvalidInputError
 from asyncrlhf.schedule import RoundSchedule, Timeline

@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from asyncrlhf.commands import run_folder
 from asyncrlhf.commands.simulation import picture, timelines, write_svg
+from asyncrlhf.measured import RoundTimes
 from asyncrlhf.report import Report
-from asyncrlhf.schedule import RoundTimes
 from asyncrlhf.writing import whole_file
 
 TEXT: Final = "report.md"

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from asyncrlhf.errors import InvalidInputError
+from asyncrlhf.measured import RoundTimes
 from asyncrlhf.report import Report
-from asyncrlhf.schedule import RoundSchedule, RoundTimes
+from asyncrlhf.schedule import RoundSchedule
 from asyncrlhf.writing import whole_file
 
 RECIPE: Final = "recipe.yaml"

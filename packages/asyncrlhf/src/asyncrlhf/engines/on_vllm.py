@@ -42,8 +42,9 @@ class VLLMInProcess:
     vLLM's calls cannot be interrupted, so :meth:`generate` has no limit of its own.
 
     Args:
-        llm: made with ``logprobs_mode="processed_logprobs"``, and with
-            ``VLLM_ENABLE_V1_MULTIPROCESSING=0`` in the environment; or give ``model``.
+        llm: made with ``logprobs_mode="processed_logprobs"``, on a CPU with
+            ``enable_chunked_prefill=False``, and with ``VLLM_ENABLE_V1_MULTIPROCESSING=0`` in the
+            environment; or give ``model``.
         model: folder or name, from which an LLM is made.
         weight_transfer: sends weights by vLLM's own transfer. Needs GPUs, and was never run here
             with its real backends.
@@ -196,6 +197,10 @@ class VLLMInProcess:
         except ModuleNotFoundError as error:
             raise MissingExtraError("vllm", "vllm") from error
         options = dict(self._options)
+        if _on_cpu():
+            # A prompt computed in parts makes vLLM rewind its request's generator, which torch's
+            # generators on a CPU cannot do: vLLM 0.32 ends when a request has a seed.
+            options.setdefault("enable_chunked_prefill", False)
         if self._transfer is not None:
             from vllm.config import WeightTransferConfig
 
@@ -297,6 +302,12 @@ def _forget_half_a_reload(worker: Any) -> None:
         waiting.loaded_weights.clear()
         waiting.load_numel = 0
     finalize_layerwise_reload(model, worker.model_runner.model_config)
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
 
 
 def _folder_of(model: str) -> ModelFolder | None:

@@ -38,7 +38,8 @@ class VLLMServer:
     The server must be started with ``--logprobs-mode processed_logprobs``, or log-probabilities are
     those of the model before temperature, which nothing in an answer tells; and with
     ``VLLM_SERVER_DEV_MODE=1`` in its environment, or it has no routes for weights. Those routes
-    obey everybody who reaches them: keep the server on a private network.
+    obey everybody who reaches them: keep the server on a private network. On a CPU it also needs
+    ``--no-enable-chunked-prefill``: vLLM 0.32 ends there when a seeded prompt is computed in parts.
 
     Version spans: ``endpoint="generate"`` is vLLM's route for token ids alone
     (``--enable-scale-out``), whose answers say which weights drew which token. Those of

@@ -17,7 +17,7 @@ from asyncrlhf.tasks import SyntheticSummary
 
 if TYPE_CHECKING:
     from asyncrlhf.engines import HFEngine
-    from asyncrlhf.schedule import RoundTimes
+    from asyncrlhf.measured import RoundTimes
 
     Measure = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], Sequence[float]]
 

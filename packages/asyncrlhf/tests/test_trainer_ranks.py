@@ -42,10 +42,8 @@ def ranks_run(replay: Any) -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which two ranks have left what they found."""
-    folder = tmp_path_factory.mktemp("ranks")
+def started(folder: Path) -> tuple[list[int], str]:
+    """Exit codes of all ranks, and what they wrote."""
     shared = {
         **os.environ,
         "MASTER_ADDR": "127.0.0.1",
@@ -66,7 +64,19 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0] * RANKS, "\n".join(told)
+            process.wait()
+    return [process.returncode for process in processes], "\n".join(told)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which two ranks have left what they found."""
+    for _ in range(3):
+        folder = tmp_path_factory.mktemp("ranks")
+        codes, told = started(folder)
+        if "EADDRINUSE" not in told:  # somebody else may take the port before we do
+            break
+    assert codes == [0] * RANKS, told
     return folder
 
 

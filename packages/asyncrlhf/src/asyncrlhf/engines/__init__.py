@@ -42,7 +42,13 @@ _HOME = {
     "VLLMInProcess": "on_vllm",
     "VLLMServer": "server",
 }
-_EXTRA = {"decapod": "train", "httpx": "train", "ray": "ray", "transformers": "train", "vllm": "vllm"}
+_EXTRA = {
+    "decapod": "train",
+    "httpx": "train",
+    "ray": "ray",
+    "transformers": "train",
+    "vllm": "vllm",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -19,7 +19,7 @@ FinishReason = Literal["stop", "length"]
 
 
 class VersionSpan(NamedTuple):
-    """Tokens ``start`` to ``end`` (exclusive) of a completion were drawn with weights ``version``."""
+    """Tokens ``start`` to ``end`` (exclusive) were drawn with weights ``version``."""
 
     start: int
     end: int

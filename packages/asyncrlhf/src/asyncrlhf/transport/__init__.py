@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from asyncrlhf.transport.shared_memory import SharedMemory
     from asyncrlhf.transport.snapshot import Snapshot, Transport, checksum
     from asyncrlhf.transport.torch_dist import TorchDist
+    from asyncrlhf.transport.vllm_folder import VLLMFolder
 
 __all__ = [
     "SafetensorsDir",
@@ -20,6 +21,7 @@ __all__ = [
     "Snapshot",
     "TorchDist",
     "Transport",
+    "VLLMFolder",
     "VLLMTransfer",
     "checksum",
 ]
@@ -30,6 +32,7 @@ _HOME = {
     "Snapshot": "snapshot",
     "TorchDist": "torch_dist",
     "Transport": "snapshot",
+    "VLLMFolder": "vllm_folder",
     "VLLMTransfer": "on_vllm",
     "checksum": "snapshot",
 }

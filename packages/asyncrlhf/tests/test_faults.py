@@ -25,9 +25,10 @@ SCRIPT = Path(__file__).with_name("replay_run.py")
 STEPS = 12
 
 
-def shared_memory() -> set[str]:
-    """Segments of this machine that belong to us or to nobody we know."""
-    return {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith("asyncrlhf")}
+def shared_memory(creators: set[int]) -> list[str]:
+    """Segments that these processes made and that are still there."""
+    names = (path.name for path in Path("/dev/shm").glob("asyncrlhf_*"))
+    return [name for name in names if int(name.split("_")[1]) in creators]
 
 
 def runs(pid: int) -> bool:
@@ -47,10 +48,11 @@ def wait_until(condition: Any, what: str, seconds: float = 20.0) -> None:
 
 
 @pytest.fixture
-def nothing_left() -> Iterator[None]:
-    before = shared_memory()
-    yield
-    wait_until(lambda: shared_memory() <= before, "shared memory to go")
+def nothing_left() -> Iterator[set[int]]:
+    """Holds the processes whose shared memory must be gone at the end."""
+    creators = {os.getpid()}
+    yield creators
+    wait_until(lambda: not shared_memory(creators), "shared memory to go")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def undisturbed(replay: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("chance", range(10))
 def test_an_actor_killed_at_a_random_time_changes_nothing(
-    replay: Any, undisturbed: str, nothing_left: None, tmp_path: Path, chance: int
+    replay: Any, undisturbed: str, nothing_left: set[int], tmp_path: Path, chance: int
 ) -> None:
     engine = HFEngine(placement="process", threads=1)
     moment = random.Random(chance).uniform(0, 0.5)
@@ -115,10 +117,11 @@ def read_until(process: subprocess.Popen[str], beginning: str) -> str:
 
 
 def test_a_killed_learner_goes_on_to_the_same_end(
-    undisturbed: str, nothing_left: None, tmp_path: Path
+    undisturbed: str, nothing_left: set[int], tmp_path: Path
 ) -> None:
     words = [f"max_steps={STEPS}", "save_strategy='steps'", "save_steps=2", "rounds_ahead=1"]
     first = started(tmp_path, *words, "dawdle=0.2")
+    nothing_left.add(first.pid)
     actor = int(read_until(first, "actor "))
     read_until(first, "step 5")
     first.kill()
@@ -131,8 +134,9 @@ def test_a_killed_learner_goes_on_to_the_same_end(
     assert again.returncode == 0
 
 
-def test_ctrl_c_ends_everything_soon(nothing_left: None, tmp_path: Path) -> None:
+def test_ctrl_c_ends_everything_soon(nothing_left: set[int], tmp_path: Path) -> None:
     process = started(tmp_path, "max_steps=1000", "dawdle=0.1")
+    nothing_left.add(process.pid)
     actor = int(read_until(process, "actor "))
     read_until(process, "step 3")
     process.send_signal(signal.SIGINT)
@@ -142,7 +146,7 @@ def test_ctrl_c_ends_everything_soon(nothing_left: None, tmp_path: Path) -> None
 
 
 def test_an_engine_that_fails_ends_the_run_with_its_error(
-    replay: Any, nothing_left: None, tmp_path: Path
+    replay: Any, nothing_left: set[int], tmp_path: Path
 ) -> None:
     from decapod.lm import EngineError
 
@@ -155,7 +159,7 @@ def test_an_engine_that_fails_ends_the_run_with_its_error(
 
 
 def test_weights_that_do_not_arrive_end_the_run(
-    replay: Any, nothing_left: None, tmp_path: Path
+    replay: Any, nothing_left: set[int], tmp_path: Path
 ) -> None:
     from asyncrlhf.errors import WeightUpdateError
 
@@ -165,7 +169,7 @@ def test_weights_that_do_not_arrive_end_the_run(
 
 
 def test_an_engine_that_hangs_is_named_after_the_timeout(
-    replay: Any, nothing_left: None, tmp_path: Path
+    replay: Any, nothing_left: set[int], tmp_path: Path
 ) -> None:
     hang = threading.Event()
 
@@ -184,7 +188,7 @@ def test_an_engine_that_hangs_is_named_after_the_timeout(
 
 
 def test_an_actor_that_dies_again_and_again_is_given_up(
-    replay: Any, nothing_left: None, tmp_path: Path
+    replay: Any, nothing_left: set[int], tmp_path: Path
 ) -> None:
     class Doomed(HFEngine):
         def load_weights(self, source: Any, version: int) -> None:

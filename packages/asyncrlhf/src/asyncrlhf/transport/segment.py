@@ -119,7 +119,7 @@ def create(specs: Sequence[TensorSpec], slots: int) -> tuple[Segment, shared_mem
     stride = aligned(offsets(specs)[1], mmap.PAGESIZE)
     size = first + stride * slots
     # Short, because some systems allow no more than 30 characters.
-    name = f"asyncrlhf_{token_hex(8)}"
+    name = f"asyncrlhf_{os.getpid()}_{token_hex(4)}"
     try:
         memory = shared_memory.SharedMemory(name, create=True, size=size)
     except OSError as error:

@@ -89,6 +89,8 @@ class TransformersEngine:
         self.eos_token_ids = _eos(model) if eos_token_ids is None else frozenset(eos_token_ids)
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._takes = frozenset(inspect.signature(cast(Any, inner).forward).parameters)
+        # Named so from transformers 5.24 on.
+        self._cache = "cache" if "cache" in self._takes else "past_key_values"
 
     @property
     def vocab_size(self) -> int:
@@ -197,7 +199,7 @@ class TransformersEngine:
                 input_ids=input_ids,
                 attention_mask=torch.ones_like(input_ids),
                 position_ids=torch.arange(width, device=input_ids.device)[None],
-                past_key_values=cache,
+                **{self._cache: cache},
             )
             if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
                 raise EngineError(
@@ -229,7 +231,7 @@ class TransformersEngine:
                 input_ids=state.last[:, None],
                 attention_mask=mask[:, : width + step + 1],
                 position_ids=positions[:, None],
-                past_key_values=cache,
+                **{self._cache: cache},
             )
             logits = output.logits[:, -1]
             scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

@@ -129,7 +129,9 @@ def checkout(session: nox.Session, package: str, *flags: str) -> None:
     arguments = editable(package, extras(package))
     for sibling in siblings(package):
         arguments += editable(sibling, extras(sibling))
-    install(session, *flags, *arguments, *METADATA[package]["dependency-groups"]["test"])
+    # Many tests start processes, and where Python may not write bytecode each would compile anew.
+    arguments += ["--compile-bytecode", *METADATA[package]["dependency-groups"]["test"]]
+    install(session, *flags, *arguments)
 
 
 def chosen(session: nox.Session) -> tuple[list[str], list[str]]:

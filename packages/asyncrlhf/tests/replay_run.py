@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -139,6 +140,8 @@ class Announcing(TrainerCallback):  # type: ignore[misc]
 def main() -> None:
     """Train, print the digest."""
     torch.set_num_threads(1)
+    # A shell that starts tests in the background has them ignore it, and Python then leaves it so.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder, *words = sys.argv[1:]
     changes = {k: ast.literal_eval(v) for k, v in (word.split("=", 1) for word in words)}
     resume = changes.pop("resume", False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,25 @@ def test_an_actor_killed_at_a_random_time_changes_nothing(
     assert lost < 2
 
 
-def started(folder: Path, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), str(folder), *words],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+Start = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def started(nothing_left: set[int]) -> Iterator[Start]:
+    """Starts runs in processes of their own, which end with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+            process = subprocess.Popen(
+                [sys.executable, str(SCRIPT), str(folder), *words],
+                stdout=subprocess.PIPE, text=True,
+            )  # fmt: skip
+            stack.enter_context(process)  # waits, and closes its pipe
+            stack.callback(process.kill)
+            nothing_left.add(process.pid)
+            return process
+
+        yield start
 
 
 def read_until(process: subprocess.Popen[str], beginning: str) -> str:
@@ -117,11 +132,10 @@ def read_until(process: subprocess.Popen[str], beginning: str) -> str:
 
 
 def test_a_killed_learner_goes_on_to_the_same_end(
-    undisturbed: str, nothing_left: set[int], tmp_path: Path
+    undisturbed: str, started: Start, tmp_path: Path
 ) -> None:
     words = [f"max_steps={STEPS}", "save_strategy='steps'", "save_steps=2", "rounds_ahead=1"]
     first = started(tmp_path, *words, "dawdle=0.2")
-    nothing_left.add(first.pid)
     actor = int(read_until(first, "actor "))
     read_until(first, "step 5")
     first.kill()
@@ -134,9 +148,8 @@ def test_a_killed_learner_goes_on_to_the_same_end(
     assert again.returncode == 0
 
 
-def test_ctrl_c_ends_everything_soon(nothing_left: set[int], tmp_path: Path) -> None:
+def test_ctrl_c_ends_everything_soon(started: Start, tmp_path: Path) -> None:
     process = started(tmp_path, "max_steps=1000", "dawdle=0.1")
-    nothing_left.add(process.pid)
     actor = int(read_until(process, "actor "))
     read_until(process, "step 3")
     process.send_signal(signal.SIGINT)

@@ -16,6 +16,7 @@ PAGES = PACKAGE.parents[1] / "docs" / "pages" / "asyncrlhf"
 NEEDS = {
     "api.md": (),
     "choosing.md": (),
+    "experiments.md": (),
     "faults.md": ("decapod.lm", "transformers"),
     "index.md": (),
     "ray.md": (),

@@ -79,7 +79,15 @@ def trained(replay: Any, folder: Path, out: Path, engine: Any) -> Any:
     policy = AutoModelForCausalLM.from_pretrained(folder)
     args = replay.settings(out, logging_steps=1, loss="proximal_rloo", missing_eos_score=None)
     run = replay.trainer(args, engine, policy)
+    load, loaded = engine.load_weights, []
+
+    def recorded(source: Any, version: int) -> None:
+        load(source, version)
+        loaded.append(version)
+
+    engine.load_weights = recorded
     run.train()
+    assert loaded == [0, 1, 2, 3, 4]  # of six rounds, the last is generated after four steps
     return run
 
 

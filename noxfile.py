@@ -134,6 +134,17 @@ def checkout(session: nox.Session, package: str, *flags: str) -> None:
     install(session, *flags, *arguments)
 
 
+def side_by_side(package: str) -> list[str]:
+    """Options that spread test files over the cores, where the package's test tools can do that.
+
+    Tests that start processes of their own and watch their time go one after the other instead.
+    """
+    tools = METADATA[package]["dependency-groups"]["test"]
+    if not any(Requirement(tool).name == "pytest-xdist" for tool in tools):
+        return []
+    return ["--numprocesses", str(os.cpu_count() or 1), "--dist", "loadfile"]
+
+
 def chosen(session: nox.Session) -> tuple[list[str], list[str]]:
     """Packages named first after `--` (all when none is), and the words after them."""
     words = list(session.posargs)
@@ -176,7 +187,8 @@ def tests(session: nox.Session, package: str) -> None:
     """Unit tests of each package with all its extras."""
     words = only_if_chosen(session, package)
     checkout(session, package)
-    session.run("pytest", str(PROJECTS[package] / "tests"), *words, env=QUIET)
+    flags = side_by_side(package)
+    session.run("pytest", *flags, str(PROJECTS[package] / "tests"), *words, env=QUIET)
 
 
 @nox.session(python=PYTHONS[0])
@@ -187,7 +199,8 @@ def lowest(session: nox.Session, package: str) -> None:
     # Beforehand, because the lowest of the builds of one release of torch is the one for CUDA.
     install(session, TORCH)
     checkout(session, package, "--resolution", "lowest-direct")
-    session.run("pytest", str(PROJECTS[package] / "tests"), *words, env=QUIET)
+    flags = side_by_side(package)
+    session.run("pytest", *flags, str(PROJECTS[package] / "tests"), *words, env=QUIET)
 
 
 @nox.session(python=PYTHONS[0])

@@ -12,8 +12,8 @@ from scipy.stats import chisquare
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from decapod.lm import (
-    EngineError,
     GenerationEngine,
+    LogprobsError,
     Request,
     RequestError,
     SamplingParams,
@@ -315,7 +315,7 @@ def test_weights_that_are_not_numbers_are_an_error_not_an_answer(subject: Subjec
     broken["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
     subject.load_weights(broken)
     try:
-        with pytest.raises(EngineError, match="NaN"):
+        with pytest.raises(LogprobsError, match="NaN"):
             subject.engine.generate([Request((5, 6, 7), SamplingParams(4))])
     finally:
         subject.load_weights(before)

@@ -75,6 +75,20 @@ def test_states_along_a_trajectory_are_computed_with_their_longest(model) -> Non
         np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [2, 64])
+def test_tokens_that_need_no_computation_are_counted(model, rows) -> None:
+    # Contexts, without the last token: 4 twice, 9 twice and 6 once, beside 9; computed are 9 and 6.
+    shared, other = random_prompt(10), random_prompt(7, seed=1)
+    assert other[0] != shared[0]
+    engine = TransformersEngine(model, max_batch_size=rows)
+    params = SamplingParams(3, ignore_eos=True)
+    requests = sample_requests([shared[:5], shared], params, n=2) + sample_requests([other], params)
+    engine.generate(requests)
+    assert engine.cached_prompt_tokens == (4 + 4 + 9 + 9 + 6) - (9 + 6)
+    engine.generate(sample_requests([other, (5,)], params))  # nothing to share
+    assert engine.cached_prompt_tokens == 17
+
+
 def test_prompts_of_one_token_need_no_prefill(model) -> None:
     with forward_shapes(model) as shapes:
         TransformersEngine(model).generate(

@@ -47,6 +47,7 @@ class Loopback(ThreadingHTTPServer):
         self.bodies: list[dict] = []
         self.authorizations: list[str | None] = []
         self.delay = 0.0
+        self.usage: dict | None = None
         self.in_flight = self.most_in_flight = 0
         self.lock = threading.Lock()
 
@@ -129,7 +130,8 @@ class Handler(BaseHTTPRequestHandler):
         if body.get("return_token_ids") and self.server.gives_token_ids:
             choice["token_ids"] = answer.token_ids
         choice |= changes or {}
-        self.send(200, json.dumps({"choices": [choice]}).encode())
+        content = {"choices": [choice], "usage": self.server.usage}
+        self.send(200, json.dumps(content).encode())
 
     def send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -185,6 +187,24 @@ def test_answers_by_token_ids_are_those_of_the_engine_behind_the_server(server, 
         assert answer.token_ids == direct.token_ids
         assert answer.logprobs == pytest.approx(direct.logprobs, abs=1e-5)
         assert (answer.finish_reason, answer.id) == (direct.finish_reason, direct.id)
+
+
+@pytest.mark.parametrize(
+    ("usage", "counted"),
+    [
+        ({"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": 2}}, 20),
+        ({"prompt_tokens": 3, "prompt_tokens_details": {"cached_tokens": None}}, 0),
+        ({"prompt_tokens": 3, "prompt_tokens_details": None}, 0),
+        (None, 0),
+    ],
+)
+def test_cached_tokens_of_prompts_are_counted_where_the_server_tells(
+    server, usage, counted
+) -> None:
+    server.usage = usage
+    engine = client(server)
+    engine.generate(some_requests(10))
+    assert engine.cached_prompt_tokens == counted
 
 
 def test_texts_and_chats_are_those_of_the_text_generator_with_the_same_seed(server) -> None:

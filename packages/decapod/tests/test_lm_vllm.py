@@ -170,7 +170,7 @@ def processed(folder: Path):
         yield VLLMEngine(
             LLM(
                 str(folder), dtype="float32", max_model_len=96, enforce_eager=True,
-                logprobs_mode="processed_logprobs",
+                logprobs_mode="processed_logprobs", block_size=32,
             )
         )  # fmt: skip
 
@@ -193,6 +193,16 @@ def test_logprobs_of_the_sampler_are_those_of_the_tempered_and_cut_distribution(
             rows.double() * params.top_p,
         ).gather(-1, torch.tensor(answer.token_ids)[:, None])[:, 0]  # fmt: skip
         np.testing.assert_allclose(answer.logprobs, expected.numpy(), atol=1e-5, rtol=0)
+
+
+def test_tokens_that_vllm_had_in_its_prefix_cache_are_counted(processed) -> None:
+    request = Request((1, *[7, 8, 9, 10] * 16), SamplingParams(2, 0.0))
+    assert processed.llm.reset_prefix_cache()
+    before = processed.cached_prompt_tokens
+    processed.generate([request])
+    assert processed.cached_prompt_tokens == before
+    processed.generate([request])
+    assert processed.cached_prompt_tokens == before + 64  # two blocks of the 65 tokens
 
 
 def test_logprobs_that_the_llm_does_not_give_are_refused_with_the_remedy(processed) -> None:

@@ -39,6 +39,10 @@ class EngineError(RuntimeError):
     """The model or the engine failed while generating."""
 
 
+class LogprobsError(EngineError):
+    """The model gave log-probabilities that are not numbers."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are drawn and when to stop.
@@ -166,7 +170,8 @@ class GenerationEngine(Protocol):
       is: up to the rounding of the model's arithmetic, which does depend on the shape of a batch.
       Another token is drawn only where rounding (about 1e-6 in float32) decides between two;
     - seeds mean something within one kind of engine: another kind draws other answers;
-    - weights that give numbers which are not finite raise :class:`EngineError`.
+    - weights that give numbers which are not finite raise :class:`LogprobsError`, where the engine
+      sees them, and :class:`EngineError` elsewhere.
     """
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:

@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicLayer
 from decapod.lm.engine import (
     Completion,
     EngineError,
+    LogprobsError,
     Request,
     RequestError,
     check_requests,
@@ -51,6 +52,10 @@ class TransformersEngine:
         max_batch_size: most rows that run together.
         max_batch_tokens: most rows x (prompt + answer) tokens whose keys and values are held at the
             same time; a single request may exceed it. Up to as much again is held for contexts.
+
+    Attributes:
+        cached_prompt_tokens: of all requests so far, the tokens of their prompts that were not
+            computed for them, because a prompt beside them begins alike. Padding is not counted.
 
     Raises:
         TypeError: the model is an encoder-decoder or keeps a recurrent state instead of a cache.
@@ -86,6 +91,7 @@ class TransformersEngine:
         self.max_length = max_length or getattr(config, "max_position_embeddings", None)
         self.max_batch_size = max_batch_size
         self.max_batch_tokens = max_batch_tokens
+        self.cached_prompt_tokens = 0
         self.eos_token_ids = _eos(model) if eos_token_ids is None else frozenset(eos_token_ids)
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         self._takes = frozenset(inspect.signature(cast(Any, inner).forward).parameters)
@@ -126,7 +132,7 @@ class TransformersEngine:
 
         Raises:
             RequestError: a request cannot be served; nothing was generated.
-            EngineError: the model gave log-probabilities that are not numbers.
+            LogprobsError: the model gave log-probabilities that are not numbers.
         """
         answers = dict(self.iterate(requests))
         return [answers[i] for i in range(len(requests))]
@@ -139,7 +145,7 @@ class TransformersEngine:
 
         Raises:
             RequestError: a request cannot be served; raised by the call, not by the first answer.
-            EngineError: the model gave log-probabilities that are not numbers.
+            LogprobsError: the model gave log-probabilities that are not numbers.
         """
         check_requests(requests, vocab_size=self.vocab_size, max_length=self.max_length)
         for index, request in enumerate(requests):
@@ -171,6 +177,10 @@ class TransformersEngine:
             # Modes are put back before answers are handed over: the caller may train meanwhile.
             with self._evaluating():
                 cache = self._prefill([context for context, _ in roots])
+            self.cached_prompt_tokens += sum(
+                sum(len(requests[i].prompt) - 1 for i in users) - len(context)
+                for context, users in roots
+            )
             pairs = [(row, index) for row, (_, users) in enumerate(roots) for index in users]
             sizes = [len(requests[i].prompt) + requests[i].params.max_new_tokens for _, i in pairs]
             for chunk in batches(sizes, self.max_batch_size, self.max_batch_tokens):
@@ -261,7 +271,7 @@ class TransformersEngine:
         ids = tokens[:, : max(sizes)].tolist()
         values = logprobs[:, : max(sizes)].tolist()
         if any(math.isnan(v) for row, size in zip(values, sizes, strict=True) for v in row[:size]):
-            raise EngineError(
+            raise LogprobsError(
                 "the model's log-probabilities are not numbers (NaN); look for NaN or infinite "
                 "values among its weights"
             )

@@ -11,6 +11,7 @@ import vllm
 from decapod.lm.engine import (
     Completion,
     EngineError,
+    LogprobsError,
     LogprobsOf,
     Request,
     RequestError,
@@ -36,6 +37,10 @@ class VLLMEngine:
     Args:
         llm: the model, made with whatever vLLM's options the machine needs.
 
+    Attributes:
+        cached_prompt_tokens: of all requests so far, the tokens of their prompts whose keys and
+            values vLLM had in its prefix cache.
+
     Raises:
         ValueError: ``llm`` reports logits in place of log-probabilities.
     """
@@ -50,6 +55,7 @@ class VLLMEngine:
             )
         self.logprobs_of: LogprobsOf = _LOGPROBS_OF[config.logprobs_mode]
         self.llm = llm
+        self.cached_prompt_tokens = 0
         self.max_length: int = config.max_model_len
         self.vocab_size: int = config.get_vocab_size()
 
@@ -58,18 +64,22 @@ class VLLMEngine:
 
         The tensors are handed over in memory, for which vLLM's engine must run in this process:
         ``VLLM_ENABLE_V1_MULTIPROCESSING=0`` in the environment before vLLM is imported.
+
+        Raises:
+            EngineError: cached prefixes could not be forgotten.
         """
         self.llm.collective_rpc(
             "reload_weights", kwargs={"weights_iterator": list(weights.items())}
         )
-        self.llm.reset_prefix_cache()
+        if not self.llm.reset_prefix_cache():
+            raise EngineError("vLLM did not empty its prefix cache: answers would mix weights")
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Answers in the order of the requests; see :class:`decapod.lm.GenerationEngine`.
 
         Raises:
             RequestError: a request cannot be served; nothing was generated.
-            EngineError: the model gave log-probabilities that are not numbers.
+            LogprobsError: the model gave log-probabilities that are not numbers.
         """
         check_requests(requests, vocab_size=self.vocab_size, max_length=self.max_length)
         for index, request in enumerate(requests):
@@ -90,6 +100,7 @@ class VLLMEngine:
             [_params(requests[i]) for i in order],
             use_tqdm=False,
         )
+        self.cached_prompt_tokens += sum(output.num_cached_tokens or 0 for output in outputs)
         answers = {
             i: _completion(requests[i], output.outputs[0])
             for i, output in zip(order, outputs, strict=True)
@@ -119,7 +130,7 @@ def _completion(request: Request, output: Any) -> Completion:
         float(here[token].logprob) for token, here in zip(token_ids, output.logprobs, strict=True)
     )
     if any(math.isnan(value) for value in logprobs):
-        raise EngineError(
+        raise LogprobsError(
             f"request {request.id!r}: the model's log-probabilities are not numbers (NaN); look "
             "for NaN or infinite values among its weights"
         )

@@ -77,6 +77,10 @@ class ServerEngine:
         extra_body: further fields of every request; None removes a field. A server that wants
             ``max_completion_tokens`` gets ``{"max_tokens": None, "max_completion_tokens": 512}``.
 
+    Attributes:
+        cached_prompt_tokens: of all answers so far, the tokens of their prompts that the server had
+            in its cache, as far as it tells: vLLM's does with ``--enable-prompt-tokens-details``.
+
     Raises:
         ValueError: a number out of range, or ``base_url`` is no address.
     """
@@ -114,6 +118,8 @@ class ServerEngine:
         self.retries = retries
         self.backoff = backoff
         self.extra_body = dict(extra_body or {})
+        self.cached_prompt_tokens = 0
+        self._counting = threading.Lock()
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -220,7 +226,10 @@ class ServerEngine:
             fields = {name: value for name, value in merged.items() if value is not None}
             try:
                 response = self._post(client, url, fields, gave_up)
-                return _read(response, url, lambda choice: read(index, choice))
+                answered = _read(response, url, lambda choice: read(index, choice))
+                with self._counting:
+                    self.cached_prompt_tokens += _cached_tokens(response)
+                return answered
             except ServerError as error:
                 failures.append(error)
                 gave_up.set()
@@ -345,6 +354,14 @@ def _read(response: httpx.Response, url: str, read: Callable[[Mapping[str, Any]]
             else f"cannot read the answer ({error!r}): {_excerpt(response)}"
         )
         raise ServerError(problem, url, response.status_code) from error
+
+
+def _cached_tokens(response: httpx.Response) -> int:
+    """Tokens of the prompt that the server had in its cache; 0 where it does not tell."""
+    usage = response.json().get("usage")
+    details = usage.get("prompt_tokens_details") if isinstance(usage, dict) else None
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    return cached if isinstance(cached, int) else 0
 
 
 def _fields(params: SamplingParams, seed: int) -> dict[str, Any]:

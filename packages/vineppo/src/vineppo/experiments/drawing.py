@@ -1,0 +1,69 @@
+"""How the benches draw: one canvas in the report's look, rows of dots, a legend above."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from decapod.claims import Figure
+from decapod.report import palette
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Floats = npt.NDArray[np.float64]
+
+
+def figure(
+    draw: Callable[[Any], None],
+    columns: int,
+    *,
+    title: str,
+    caption: str,
+    alt: str,
+    size: tuple[float, float] | None = None,
+    sharey: bool = True,
+) -> Figure:
+    """Panels side by side, drawn by ``draw(panels)`` with ``panels[0][column]``.
+
+    Args:
+        draw: what fills the panels.
+        columns: number of panels.
+        title: of the figure.
+        caption: what is drawn.
+        alt: the numbers, for who cannot see it.
+        size: width and height in inches.
+        sharey: all panels have the vertical axis of the first.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure as Canvas
+
+    from decapod.report import svg_from_matplotlib
+
+    with mpl.rc_context(palette.RCPARAMS):
+        canvas = Canvas(figsize=size or (3.0 + 2.6 * columns, 4.2), layout="constrained")
+        draw(canvas.subplots(1, columns, squeeze=False, sharey=sharey))
+        svg = svg_from_matplotlib(canvas)
+    return Figure(title=title, svg=svg, caption=caption, alt=alt)
+
+
+def row_of_dots(axes: Axes, row: int, x: Floats, middle: float, colour: str) -> None:
+    """Single values as dots, their middle as a bar."""
+    axes.plot(x, np.full(len(x), row), ".", color=colour, markersize=4, alpha=0.6)
+    axes.plot([middle], [row], "|", color=colour, markersize=12, markeredgewidth=2)
+
+
+def name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Names of the rows, the first on top."""
+    axes.set_yticks(range(len(names)), names)
+    if not axes.yaxis_inverted():
+        axes.invert_yaxis()
+
+
+def legend_above(axes: Axes, columns: int) -> None:
+    """One legend for all panels, of what is drawn in ``axes``."""
+    handles, labels = axes.get_legend_handles_labels()
+    axes.figure.legend(handles, labels, loc="outside upper center", ncols=columns)

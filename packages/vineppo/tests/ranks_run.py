@@ -31,7 +31,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 def trainer(method: str, folder: Path) -> Any:
     """A run that evaluates and saves."""
-    changes = {"eval_every": 1, "save_every": 1, "log_every": 2, **RUNS[method]}
+    changes = {"eval_every": 2, "save_every": 1, "log_every": 2, **RUNS[method]}
     extra = {"eval_dataset": tiny_runs.ROWS[:3]}
     return tiny_runs.trainer(method, folder, extra=extra, **changes)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -18,6 +19,7 @@ from vineppo.segmenters import (
     GSM8KSegmenter,
     LatexSegmenter,
     NewlineSegmenter,
+    Segmenter,
     TokenSegmenter,
     WholeResponseSegmenter,
 )
@@ -205,9 +207,21 @@ def test_no_state_ends_within_a_character(name: str, text: str) -> None:
         assert whole.startswith(decode(ids[:border], tokenizer))
 
 
+@dataclass(frozen=True)
+class OffsetsAlone:
+    """A segmenter of which nothing but its offsets is known."""
+
+    segmenter: Segmenter
+
+    def segment(self, text: str) -> list[int]:
+        return self.segmenter.segment(text)
+
+
 @given(
     answer=answers(),
-    segmenter=st.sampled_from([NewlineSegmenter(), GSM8KSegmenter(), EveryCharacter()]),
+    segmenter=st.sampled_from(
+        [OffsetsAlone(NewlineSegmenter()), GSM8KSegmenter(), EveryCharacter()]
+    ),
 )
 @settings(max_examples=100, deadline=None)
 def test_a_token_belongs_to_the_step_in_which_it_starts(
@@ -219,6 +233,46 @@ def test_a_token_belongs_to_the_step_in_which_it_starts(
     changes = [at for at, (left, right) in enumerate(pairwise(step), 1) if left != right]
     expected = [0, *changes, len(ids)] if ids else [0]
     assert token_borders(segmenter, ids, Reader(tokenizer)) == expected
+
+
+def naive_line_borders(ids: Sequence[int], tokenizer: Any) -> list[int]:
+    """A token begins a step if a line, not blank, has ended in the tokens since the last one."""
+    if not ids:
+        return [0]
+    borders, ended = [0], 0
+    for place in range(1, len(ids)):
+        lines = decode(ids[:place], tokenizer).split("\n")[:-1]
+        now = sum(bool(line.strip()) for line in lines)
+        if now > ended:
+            borders.append(place)
+            ended = now
+    return [*borders, len(ids)]
+
+
+# In that of sentencepiece a byte undoes a newline that is a byte before it.
+UNDOING_NOTHING = [name for name in MADE if name != "sentencepiece"]
+
+
+@given(answer=answers(UNDOING_NOTHING), one=st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_line_that_has_ended_is_a_step_whatever_token_comes(
+    answer: tuple[Any, list[int]], one: st.DataObject
+) -> None:
+    """Also a special one: no border of lines is decided by what follows it."""
+    tokenizer, ids = answer
+    assert token_borders(NewlineSegmenter(), ids, Reader(tokenizer)) == naive_line_borders(
+        ids, tokenizer
+    )
+    more = st.lists(st.integers(0, len(tokenizer) - 1), min_size=1, max_size=3)
+    special = st.sampled_from(tokenizer.all_special_ids).map(lambda token: [token])
+    found = []
+    for _ in range(2):
+        longer = [*ids, *one.draw(more | special)]
+        borders = token_borders(NewlineSegmenter(), longer, Reader(tokenizer))
+        found.append([border for border in borders if border <= len(ids)])
+    assert found[0] == found[1]
+    below = [border for border in found[0] if border < len(ids)]
+    assert below == token_borders(NewlineSegmenter(), ids, Reader(tokenizer))[: len(below)]
 
 
 @given(
@@ -272,6 +326,7 @@ def test_the_example_of_the_documentation() -> None:
     ids, tokenizer = list(range(len(pieces))), Pieces(*pieces)
     assert token_starts(ids, tokenizer) == [0, 2, 5, 7, 9, 11, 13, 17, 17]
     assert token_borders(NewlineSegmenter(), ids, tokenizer) == [0, 4, 7, 9]
+    assert token_borders(NewlineSegmenter(), [*ids[:7], 8], tokenizer) == [0, 4, 7, 8]
 
 
 def test_a_cut_inside_a_token_moves_behind_it() -> None:
@@ -294,16 +349,102 @@ def test_a_cut_inside_a_token_moves_behind_it() -> None:
     assert steps(NewlineSegmenter(), ids) == ["a\nStep t", "hree"]
 
 
-def test_the_end_of_the_answer_belongs_to_the_line_whose_newline_it_follows() -> None:
-    tokenizer = Pieces("a", "\n", "\n\n", "")
+# Tokens that lines end with, in, before and behind, and tokens without text.
+LINES = Pieces("a", "\n", "\n\n", "a\n", "\na", "a\nb\n", "", "", " ")
+A, LINE, BLANK, WITH, BEFORE, TWO, EOS, TOOL, SPACE = range(9)
+
+
+@given(ids=st.lists(st.integers(0, 8), max_size=8))
+@settings(max_examples=100, deadline=None)
+def test_borders_of_lines_are_decided_by_the_tokens_before_them(ids: list[int]) -> None:
+    found = {}
+    for token in range(9):
+        borders = token_borders(NewlineSegmenter(), [*ids, token], LINES)
+        found[token] = [border for border in borders if border <= len(ids)]
+    assert all(borders == found[EOS] for borders in found.values())
+    for length in range(1, len(ids)):
+        shorter = token_borders(NewlineSegmenter(), ids[:length], LINES)
+        assert shorter[:-1] == [border for border in found[EOS] if border < length]
+
+
+@pytest.mark.parametrize(
+    ("ids", "borders"),
+    [
+        ([A, EOS], [0, 2]),
+        ([A, LINE], [0, 2]),
+        ([A, LINE, EOS], [0, 2, 3]),
+        ([WITH, EOS], [0, 1, 2]),
+        ([WITH, EOS, EOS], [0, 1, 3]),
+        ([A, LINE, A, LINE, EOS, EOS], [0, 2, 4, 6]),
+        ([A, BEFORE, EOS], [0, 2, 3]),  # a line has ended in the token before
+        ([A, LINE, LINE, EOS], [0, 2, 4]),  # the blank line is a step, and the end is with it
+        ([A, BLANK, EOS], [0, 2, 3]),
+        ([A, BLANK], [0, 2]),
+        ([A, LINE, SPACE, EOS], [0, 2, 4]),
+        ([TWO, EOS], [0, 1, 2]),
+        ([LINE, EOS], [0, 2]),
+        ([BLANK, SPACE, EOS, EOS], [0, 4]),
+        ([EOS, EOS], [0, 2]),
+        ([TOOL, LINE, EOS, A, LINE, EOS], [0, 5, 6]),
+        ([A, LINE, TOOL, A, EOS], [0, 2, 5]),  # wherever tokens without text stand
+        ([A, LINE, TOOL, LINE, TOOL, A, EOS], [0, 2, 7]),
+        ([A, TOOL, LINE, A], [0, 3, 4]),
+    ],
+)
+def test_what_comes_behind_a_line_begins_a_step_with_text_or_without(
+    ids: list[int], borders: list[int]
+) -> None:
+    assert token_borders(NewlineSegmenter(), ids, LINES) == borders
+
+
+def test_segmenters_that_do_not_say_where_steps_end_leave_the_end_to_the_last_step() -> None:
     for ids, borders in (
-        ([0, 1, 3], [0, 3]),
-        ([0, 1, 0, 1, 3, 3], [0, 2, 6]),
-        ([0, 1, 1, 3], [0, 2, 4]),  # the blank line at the end is a step, and the end is with it
-        ([0, 2, 3], [0, 3]),  # unless it is in the token that ends the line
-        ([0, 1, 3, 0], [0, 3, 4]),  # wherever tokens without text stand
+        ([A, LINE, EOS], [0, 3]),
+        ([A, LINE, A, LINE, EOS, EOS], [0, 2, 6]),
+        ([A, BEFORE, EOS], [0, 3]),
+        ([A, BLANK, EOS], [0, 3]),
+        ([A, LINE, TOOL, A, EOS], [0, 3, 5]),
     ):
-        assert token_borders(NewlineSegmenter(), ids, tokenizer) == borders
+        assert token_borders(OffsetsAlone(NewlineSegmenter()), ids, LINES) == borders
+    assert token_borders(GSM8KSegmenter(), [A, LINE, A, LINE, EOS], LINES) == [0, 1, 5]
+    assert token_borders(LatexSegmenter(), [A, LINE, EOS], LINES) == [0, 3]
+
+
+class AfterTheStop:
+    """Steps end with a full stop whose bytes may be several tokens."""
+
+    def segment(self, text: str) -> list[int]:
+        ends = [place for place, one in enumerate(text, 1) if one == "。" and place < len(text)]
+        return [0, *ends, len(text)] if text else [0]
+
+    def ends_step(self, text: str) -> bool:
+        return text.endswith("。")
+
+
+def test_any_segmenter_may_say_that_a_step_has_ended() -> None:
+    tokenizer = MADE["bpe"]
+    eos = tokenizer.eos_token_id
+    stop = ids_of_bytes(tokenizer, "。".encode())
+    assert len(stop) == 3
+    first, second = ids_of_bytes(tokenizer, b"ab"), ids_of_bytes(tokenizer, b"c")
+    for rest in ([eos], [eos, eos], [*second], [eos, *second, eos]):
+        ids = [*first, *stop, *rest]
+        assert token_borders(AfterTheStop(), ids, Reader(tokenizer)) == [0, 5, len(ids)]
+    cut_off = [*first, *stop[:2], eos]  # no stop
+    assert token_borders(AfterTheStop(), cut_off, Reader(tokenizer)) == [0, 5]
+
+
+def test_a_newline_that_is_a_byte_ends_no_line_while_what_follows_is_no_character() -> None:
+    """What the borders then depend on is how the tokenizer reads, not which token follows."""
+    tokenizer = MADE["sentencepiece"]
+    letter = encode(tokenizer, "a")
+    newline, eos = tokenizer.convert_tokens_to_ids("<0x0A>"), tokenizer.eos_token_id
+    emoji = [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in "😀".encode()]
+    line = [*letter, newline]
+    for rest, behind in (([eos], True), (letter, True), (emoji, True), (emoji[:1], False)):
+        ids = [*line, *rest]
+        borders = token_borders(NewlineSegmenter(), ids, Reader(tokenizer))
+        assert borders == ([0, len(line), len(ids)] if behind else [0, len(ids)])
 
 
 def test_two_cuts_inside_a_token_are_one() -> None:
@@ -353,11 +494,11 @@ def test_special_tokens_belong_to_the_step_before_them() -> None:
     eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
     first, second = encode(tokenizer, "a b\n"), encode(tokenizer, "c")
     ids = [bos, *first, bos, bos, *second, eos, eos]
-    assert token_borders(NewlineSegmenter(), ids, Reader(tokenizer)) == [
-        0,
-        len(first) + 3,
-        len(ids),
-    ]
+    for segmenter, border in (
+        (OffsetsAlone(NewlineSegmenter()), len(first) + 3),
+        (NewlineSegmenter(), len(first) + 1),  # unless it has ended
+    ):
+        assert token_borders(segmenter, ids, Reader(tokenizer)) == [0, border, len(ids)]
     # Also where what follows is a character of several tokens.
     emoji = ids_of_bytes(tokenizer, "😀".encode())
     ids = [*first, bos, *emoji, bos]

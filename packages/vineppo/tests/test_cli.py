@@ -495,6 +495,7 @@ def test_the_bench_prints_its_tables_and_keeps_its_results(
     (result,) = json.loads((out / "results.json").read_text(encoding="utf-8"))
     assert (result["family"], result["seed"]) == ("short", 0)
     assert any(file.suffix == ".svg" for file in out.iterdir())
+    assert all("--ink:" in file.read_text(encoding="utf-8") for file in out.glob("*.svg"))
 
 
 @pytest.mark.parametrize(

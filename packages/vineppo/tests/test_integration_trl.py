@@ -29,7 +29,6 @@ from decapod.lm import SamplingParams, build_model, build_tokenizer
 from vineppo.episodes import Episode, State
 from vineppo.errors import InvalidInputError, MissingExtraError, RewardError
 from vineppo.integrations import trl_contract
-from vineppo.integrations.callbacks import VineValues, vine_values
 from vineppo.integrations.trl import TRLContractError, VineBatch, VineGRPOTrainer
 from vineppo.integrations.trl_rewards import TrainerReward, rows_of
 from vineppo.integrations.trl_settings import check_shared_vllm
@@ -37,6 +36,7 @@ from vineppo.rollout import TransformersBackend
 from vineppo.segmenters import FixedLengthSegmenter
 from vineppo.tasks.token_tree import TokenTree
 from vineppo.values import ConstantValueEstimator, ExactValueEstimator, state_seed
+from vineppo.vines import VineValues, vine_values
 
 pytestmark = [
     # TRL and PEFT use a name that transformers 5.23 calls old.
@@ -149,7 +149,7 @@ def line_borders(ids: Sequence[int]) -> list[int]:
     borders, blank, ended = [0], True, False
     for place, token in enumerate(ids):
         character = decoded([token])
-        if character and ended:
+        if ended:  # whatever follows, EOS among it
             borders.append(place)
             ended = False
         if character == "\n" and not blank:

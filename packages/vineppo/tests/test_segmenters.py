@@ -17,6 +17,7 @@ from vineppo.segmenters import (
     GSM8KSegmenter,
     LatexSegmenter,
     NewlineSegmenter,
+    PrefixSegmenter,
     Segmenter,
     TokenLevelSegmenter,
     TokenSegmenter,
@@ -219,6 +220,32 @@ def test_whether_a_border_stands_is_decided_by_what_stands_before_it(
     for cut in (text, text + "\n"):
         after_one = len(cut) in segmenter.segment(cut + one)
         assert after_one == (len(cut) in segmenter.segment(cut + other))
+
+
+@given(text=texts, more=texts.filter(len))
+@settings(max_examples=100, deadline=None)
+def test_a_line_ends_a_step_where_every_longer_text_is_cut(text: str, more: str) -> None:
+    lines = NewlineSegmenter()
+    for cut in (text, text + "\n"):
+        assert lines.ends_step(cut) == (len(cut) > 0 and len(cut) in lines.segment(cut + more))
+
+
+@pytest.mark.parametrize(
+    ("text", "ends"),
+    [
+        *(("a\n", True), ("a \n", True), ("\n\na\n", True), ("a\r\n", True), ("b\na\n", True)),
+        *(("", False), ("a", False), ("a\nb", False), ("\n", False), (" \n", False)),
+        # A blank line goes with what follows it, or with the end.
+        *(("a\n\n", False), ("a\n \n", False), ("a\n ", False)),
+    ],
+)
+def test_a_step_ends_with_the_newline_of_a_line_that_is_not_blank(text: str, ends: bool) -> None:
+    assert NewlineSegmenter().ends_step(text) is ends
+
+
+def test_only_lines_say_that_a_step_has_ended() -> None:
+    found = [type(one) for one in ON_TEXT if isinstance(one, PrefixSegmenter)]
+    assert found == [NewlineSegmenter]
 
 
 @given(ids=ids, one=ids.filter(len), other=ids.filter(len))

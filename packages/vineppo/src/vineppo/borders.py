@@ -14,6 +14,15 @@ A token belongs to the step in which its first character lies, as in the code of
 (arXiv 2410.01679). Special tokens, which have no text, belong to the step of the token before them,
 and so do the further tokens of a character whose bytes are several tokens: no state ends within a
 character. A step whose every token went to another one is no step any more.
+
+A segmenter that says where a step has ended whatever follows
+(:class:`vineppo.segmenters.PrefixSegmenter`) is taken at its word: special tokens that come after
+the token in which a step ends belong to the next step, or are one. Above, an EOS in place of
+``" 6"`` would be a step. Then whether the state before a token is a border does not depend on that
+token, special or not, so that the end of an answer biases nothing. (That takes a tokenizer which
+reads the first ids of an answer as the beginning of its text, up to a character that is not
+complete. One whose newline is a byte among others, as in Llama 2, undoes it while the bytes behind
+it are no character.)
 """
 
 from __future__ import annotations
@@ -23,7 +32,7 @@ from collections.abc import Sequence
 from typing import Final, Protocol
 
 from vineppo.errors import InvalidInputError
-from vineppo.segmenters import Segmenter, TokenLevelSegmenter, check_offsets
+from vineppo.segmenters import PrefixSegmenter, Segmenter, TokenLevelSegmenter, check_offsets
 
 _INCOMPLETE: Final = "\ufffd"  # stands for bytes that are no character, or not yet
 # Tokens that wait for a character to be completed; more than any character has bytes.
@@ -64,7 +73,8 @@ def token_borders(
     sampled whatever the tokenizer does.
 
     Args:
-        segmenter: on ids if it can be, else on text.
+        segmenter: on ids if it can be, else on text. If it has the method ``ends_step`` of
+            :class:`vineppo.segmenters.PrefixSegmenter`, no border depends on what follows it.
         response_ids: T token ids of an answer, special tokens included.
         tokenizer: reads the ids; needed by segmenters on text alone.
 
@@ -92,10 +102,27 @@ def token_borders(
     offsets = check_offsets(segmenter.segment(text), len(text), segmenter)
     if not ids:
         return [0]
-    inner = offsets[1:-1]
-    starts = _starts(ids, text, tokenizer) if inner else []
-    cuts = {bisect_left(starts, offset) for offset in inner} - {len(ids)}
-    return [0, *sorted(cuts), len(ids)]
+    ends = offsets[1:-1]
+    prefix = segmenter if isinstance(segmenter, PrefixSegmenter) else None
+    if prefix is not None and text and prefix.ends_step(text):
+        ends.append(len(text))
+    starts = _starts(ids, text, tokenizer) if ends else []
+    cuts = {bisect_left(starts, end) for end in ends}
+    if prefix is not None:
+        cuts = {_before_textless(ids, cut, starts, tokenizer) for cut in cuts}
+    return [0, *sorted(cuts - {len(ids)}), len(ids)]
+
+
+def _before_textless(
+    ids: Sequence[int], place: int, starts: Sequence[int], tokenizer: Decoder
+) -> int:
+    """The first place from which only tokens without text lead to this one."""
+    # One that starts where the token before it does has no text, or more bytes of its character.
+    while place > 1 and starts[place - 1] == starts[place - 2]:
+        if decode(ids[place - 1 : place], tokenizer):
+            break
+        place -= 1
+    return place
 
 
 def token_starts(ids: Sequence[int], tokenizer: Decoder) -> list[int]:

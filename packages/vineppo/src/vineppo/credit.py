@@ -9,13 +9,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from vineppo.advantages import gae, grpo, rloo, step_advantages, step_rewards, to_token_advantages
+from vineppo.advantages import gae, grpo, rloo
 from vineppo.batch import EpisodeBatch, Floats
-from vineppo.borders import token_borders
 from vineppo.episodes import State
 from vineppo.ranks import Ranks
-from vineppo.states import borders_to_states
-from vineppo.values import MonteCarloValueEstimator, ValueEstimator
+from vineppo.values import MonteCarloValueEstimator, ValueEstimates, ValueEstimator
+from vineppo.vines import VineValues
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class StepValueAdvantages:
 
     Args:
         values: of the states at step borders.
-        segmenter: what a step is.
+        segmenter: what a step is, by name or an object.
         tokenizer: reads answers where the segmenter works on text.
         max_value_steps: states beyond that many steps get the trajectory's own return.
         gamma: discount per step.
@@ -73,74 +72,78 @@ class StepValueAdvantages:
         ranks: Ranks | None = None,
     ) -> None:
         self.values = values
-        self._segmenter = segmenter
-        self._tokenizer = tokenizer
-        self._cap = max_value_steps
-        self._gamma, self._lam = gamma, lam
-        self._ranks = ranks
+        self._shared = _OverRanks(values, ranks)
+        self._vines = VineValues(
+            self._shared,
+            tokenizer=tokenizer,
+            segmenter=segmenter,
+            max_value_steps=max_value_steps,
+            gamma=gamma,
+            lam=lam,
+        )
 
     def __call__(self, batch: EpisodeBatch, seed: int) -> Credit:
         """The credit of a batch."""
         if isinstance(self.values, MonteCarloValueEstimator) and self.values.adaptive is not None:
             self.values.adaptive.check_scores(batch.scores)  # before a rollout is paid for
-        borders = [
-            token_borders(self._segmenter, episode.response_ids, self._tokenizer)
-            for episode in batch.episodes
-        ]
-        states = [
-            borders_to_states(episode, ends, self._cap)
-            for episode, ends in zip(batch.episodes, borders, strict=True)
-        ]
-        known = self._estimated([state for of in states for state in of], seed)
-        advantages, spread = [], []
-        place = 0
-        for episode_states, ends, score in zip(states, borders, batch.scores, strict=True):
-            steps = len(ends) - 1
-            values = np.full(steps, np.nan)
-            values[: len(episode_states)] = known[place : place + len(episode_states)]
-            place += len(episode_states)
-            of_steps = step_advantages(
-                values, step_rewards(float(score), steps), self._gamma, self._lam
-            )
-            spread.append(of_steps)
-            advantages.append(to_token_advantages(of_steps, ends))
-        of_all = np.concatenate(spread)
+        episodes = batch.episodes
+        found = self._vines(
+            [episode.prompt_ids for episode in episodes],
+            [episode.response_ids for episode in episodes],
+            [episode.finished for episode in episodes],
+            [episode.row for episode in episodes],
+            scores=batch.scores.tolist(),
+            seed=seed,
+        )
+        values, steps = np.concatenate(found.step_values), np.concatenate(found.step_advantages)
+        known = values[~np.isnan(values)]
         return Credit(
-            advantages,
+            found.advantages,
             None,
             {
-                "steps_per_answer": float(np.mean([len(of) for of in spread])),
+                "steps_per_answer": len(steps) / len(episodes),
                 "value": float(known.mean()) if len(known) else 0.0,
-                "step_advantage_abs": float(np.abs(of_all).mean()),
-                "steps_without_credit": float((of_all == 0).mean()),
-                **self._rollout_metrics([state for of in states for state in of]),
+                "step_advantage_abs": float(np.abs(steps).mean()),
+                "steps_without_credit": float((steps == 0).mean()),
+                **self._shared.metrics(),
             },
         )
 
-    def _estimated(self, states: Sequence[State], seed: int) -> Floats:
+
+class _OverRanks:
+    """An estimator whose states are shared among the processes."""
+
+    def __init__(self, values: ValueEstimator, ranks: Ranks | None) -> None:
+        self._values = values
+        self._ranks = ranks
+        self._states: Sequence[State] = ()
+
+    def __call__(self, states: Sequence[State], seed: int = 0) -> ValueEstimates:
         """Values in the order of the states; equal states have equal ones."""
+        self._states = states
         if self._ranks is None or self._ranks.count == 1:
-            return self.values(states, seed).values
+            return self._values(states, seed)
         first: dict[State, int] = {}
         for state in states:
             first.setdefault(state, len(first))
-        mine = self._ranks.share(list(first))
-        found = self._ranks.gather(list(self.values(mine, seed).values))
-        return np.array([found[first[state]] for state in states])
+        mine = self._values(self._ranks.share(list(first)), seed)
+        every = self._ranks.gather(list(zip(mine.values, mine.variances, mine.counts, strict=True)))
+        columns = np.array([every[first[state]] for state in states]).reshape(-1, 3)
+        return ValueEstimates(columns[:, 0], columns[:, 1], columns[:, 2].astype(np.int64))
 
-    def _rollout_metrics(self, states: Sequence[State]) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Of the last call, over all processes."""
-        if not isinstance(self.values, MonteCarloValueEstimator) or self.values.last is None:
+        if not isinstance(self._values, MonteCarloValueEstimator) or self._values.last is None:
             return {}
-        last = self.values.last
+        last = self._values.last
         own = [(last.rollouts, last.truncated * last.rollouts if last.rollouts else 0.0)]
         every = own if self._ranks is None else self._ranks.gather(own)
         rollouts, truncated = (float(sum(column)) for column in zip(*every, strict=True))
         return {
             "rollouts": rollouts,
             "rollouts_truncated": truncated / rollouts,
-            "states": float(len(states)),
-            "states_unique": float(len(set(states))),
+            "states": float(len(self._states)),
+            "states_unique": float(len(set(self._states))),
         }
 
 

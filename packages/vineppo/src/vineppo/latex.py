@@ -4,7 +4,7 @@ Four passes over one text; the first finds the math, the others move cuts. No ch
 or lost, so the steps put together are the text. The rules are those by which VinePPO
 (arXiv 2410.01679) cuts answers to MATH. Where they leave room:
 
-- White space belongs to the step that it precedes, as newlines do in the other segmenters.
+- White space belongs to the step that it precedes, newlines too.
 - A piece to be merged goes with what follows it, the last one with what precedes it.
 - Lengths are those of a piece without the white space around it.
 - "1." at the beginning of a line ends no sentence, and an ellipsis in math (``$1, 2, ...$``) ends

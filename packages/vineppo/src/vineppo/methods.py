@@ -30,7 +30,6 @@ from vineppo.credit import (
 )
 from vineppo.errors import InvalidInputError
 from vineppo.objectives import DPOPositive, FineTuning, PolicyGradient, Unit
-from vineppo.segmenters import make_segmenter
 from vineppo.trainer import EpisodeTrainer, Lesson
 from vineppo.values import ConstantValueEstimator, MonteCarloValueEstimator, ValueEstimator
 
@@ -129,7 +128,7 @@ class VinePPOTrainer(PolicyGradientTrainer):
         )
         return StepValueAdvantages(
             values,
-            make_segmenter(config.segmenter if self._segmenter is None else self._segmenter),
+            config.segmenter if self._segmenter is None else self._segmenter,
             self.processing_class,
             config.max_value_steps,
             config.gamma,
@@ -153,7 +152,7 @@ class PPOTrainer(PolicyGradientTrainer):
             return CriticAdvantages(config.gamma, config.lam)
         return StepValueAdvantages(
             ConstantValueEstimator(config.constant_value),
-            make_segmenter("token"),
+            "token",
             self.processing_class,
             gamma=config.gamma,
             lam=config.lam,

@@ -7,8 +7,8 @@ steps, put together, are the answer.
 ====================  ===========================================  ===================  ========
 segmenter             a step                                       streams              exact
 ====================  ===========================================  ===================  ========
-``"newline"``         a line with its newline; blank lines go      yes                  but for
-                      with the next one                                                 the end
+``"newline"``         a line with its newline; blank lines go      yes                  yes
+                      with the next one
 ``"gsm8k"``           a newline and a line; the ``####`` line      but for a            no
                       with the last                                half-written #
 ``"latex"``           a sentence or a line of display math         no                   no
@@ -27,8 +27,9 @@ A segmenter is *exact* if whether a border stands is decided by what has been wr
 Then the expected VinePPO gradient (before whitening, without a step cap) is the true one however
 few rollouts value a state. Where it is decided by what comes next (where a newline belongs to the
 step that it starts, say), a state is valued only if a certain action is taken in it, and no number
-of rollouts removes the bias. The exact bench (:mod:`vineppo.experiments.exact`) says how large that
-is on random trees.
+of rollouts removes the bias. EOS has no text but is an action too, so an exact segmenter on text
+also says whether a step has ended where the text does (:class:`PrefixSegmenter`). The exact bench
+(:mod:`vineppo.experiments.exact`) says how large the bias is on random trees.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ __all__ = [
     "GSM8KSegmenter",
     "LatexSegmenter",
     "NewlineSegmenter",
+    "PrefixSegmenter",
     "Segmenter",
     "TokenLevelSegmenter",
     "TokenSegmenter",
@@ -72,6 +74,24 @@ class Segmenter(Protocol):
 
 
 @runtime_checkable
+class PrefixSegmenter(Segmenter, Protocol):
+    """Cuts texts where what has been written says so, whatever follows.
+
+    No segmenter has to be one. With this method, tokens without text that come where a step has
+    ended, such as EOS, begin a step, as any other token there. Without it they belong to the step
+    before them, so that whether the state before EOS is valued depends on EOS being next.
+    """
+
+    def ends_step(self, text: str) -> bool:
+        """Whether a step ends at the end of this text.
+
+        Has to agree with ``segment``: it is true if every longer text that begins with this one is
+        cut at its end, and false if none is. An empty text ends no step.
+        """
+        ...
+
+
+@runtime_checkable
 class TokenLevelSegmenter(Protocol):
     """Cuts token ids into steps; needs no tokenizer. The contract is that of text, in tokens."""
 
@@ -87,11 +107,10 @@ class NewlineSegmenter:
     Blank lines belong to the step that they precede; those at the end of the text precede none and
     are a step of their own. A text of blank lines is one step.
 
-    So a border is decided by what has been written, whatever comes next, but for one case: the end
-    of the text is no border of steps. A token without text, such as EOS, that directly follows the
-    newline therefore belongs to the step of that line. There alone it depends on the next token
-    whether there is a border, and there alone this biases: not at all where an answer never ends
-    directly behind a newline.
+    So a border is decided by what has been written, whatever comes next: an EOS directly behind the
+    newline of a line that is not blank is a step, as any other token there would begin one. Behind
+    a blank line it belongs to the step of that line, as any other token would. The paper's
+    repository cuts otherwise; :class:`GSM8KSegmenter` is its rule.
     """
 
     def segment(self, text: str) -> list[int]:
@@ -100,6 +119,10 @@ class NewlineSegmenter:
             return [0]
         ends = (begin + len(line) + 1 for begin, line in _lines(text) if line.strip())
         return [0, *(end for end in ends if end < len(text)), len(text)]
+
+    def ends_step(self, text: str) -> bool:
+        """See :class:`PrefixSegmenter`: behind the newline of a line that is not blank."""
+        return text.endswith("\n") and bool(text[text.rfind("\n", 0, -1) + 1 :].strip())
 
 
 @dataclass(frozen=True)
@@ -110,6 +133,8 @@ class GSM8KSegmenter:
     the last step belong to that one. A line that begins with ``####``, as the one that gives the
     answer in GSM8K does, belongs to the step before it: who has got that far has nothing left to
     decide. A text of blank lines is one step.
+
+    Tokens without text, such as EOS, belong to the step before them, whatever it ends with.
 
     Use it to compare with the paper. In principle it is biased, unlike :class:`NewlineSegmenter`,
     because a state is a border only if a newline is the next token. By how much depends on how

@@ -119,11 +119,12 @@ def require_matplotlib() -> None:
 
 def _write(found: Sequence[Mapping[str, Any]], out: Path) -> None:
     from decapod.writing import write_text
+    from vineppo.experiments.drawing import standalone
     from vineppo.experiments.exact_exhibits import figures
 
     drawn = figures(found)
     out.mkdir(parents=True, exist_ok=True)
     for figure in drawn:
         name = "-".join("".join(c if c.isalnum() else " " for c in figure.title).lower().split())
-        write_text(out / f"{name}.svg", figure.svg)
+        write_text(out / f"{name}.svg", standalone(figure))
     write_text(out / RESULTS, json.dumps([dict(result) for result in found], indent=1) + "\n")

@@ -50,6 +50,23 @@ def figure(
     return Figure(title=title, svg=svg, caption=caption, alt=alt)
 
 
+def standalone(figure: Figure) -> str:
+    """The figure as an SVG file of its own, light or dark as its reader is.
+
+    In the report the page says what the colours are; a file has to bring them.
+    """
+
+    def colours(theme: dict[str, str]) -> str:
+        return "".join(f"--{name}:{value};" for name, value in theme.items())
+
+    style = (
+        f"<style>svg:root{{--sans:system-ui,sans-serif;{colours(palette.LIGHT)}}}"
+        f"@media (prefers-color-scheme:dark){{svg:root{{{colours(palette.DARK)}}}}}</style>"
+    )
+    head, closing, rest = figure.svg.partition(">")
+    return f"{head}{closing}{style}{rest}\n"
+
+
 def row_of_dots(axes: Axes, row: int, x: Floats, middle: float, colour: str) -> None:
     """Single values as dots, their middle as a bar."""
     axes.plot(x, np.full(len(x), row), ".", color=colour, markersize=4, alpha=0.6)

@@ -26,7 +26,6 @@ from torch import Tensor
 from vineppo.advantages import WHITENINGS, Whitening, whiten
 from vineppo.backend import RolloutBackend, Usage
 from vineppo.errors import InvalidInputError, one_of
-from vineppo.integrations.callbacks import VineCredit, VineValues
 from vineppo.integrations.trl_contract import TRLContractError, check_contract, check_output
 from vineppo.integrations.trl_rewards import TrainerReward, rows_of, weighted
 from vineppo.integrations.trl_settings import (
@@ -37,6 +36,7 @@ from vineppo.integrations.trl_settings import (
     sampling_params,
 )
 from vineppo.values import ConstantValueEstimator, MonteCarloValueEstimator, ValueEstimator
+from vineppo.vines import VineCredit, VineValues
 
 check_contract()
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import tiny_runs
+from vineppo.errors import RewardError
 
 # Each has a mini-batch with fewer units than ranks, or held-out units that are fewer.
 RUNS: dict[str, dict[str, Any]] = {
@@ -46,8 +47,13 @@ def noting(sizes: list[int], method: Callable[..., Any]) -> Callable[..., Any]:
     return noted
 
 
+def raising(episodes: Sequence[Any]) -> list[float]:
+    """A reward."""
+    raise RewardError(f"reward_funcs: no scores for {len(episodes)} answers")
+
+
 def main() -> None:
-    """Every run."""
+    """Every run, and one whose reward function fails on the last rank alone."""
     torch.set_num_threads(1)
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     for method in RUNS:
@@ -64,6 +70,13 @@ def main() -> None:
             "ranks": run.accelerator.num_processes,
         }
         torch.save(found, folder / f"{method}-{rank}.pt")
+    failing = tiny_runs.trainer("RLOO", folder / f"failing-{rank}")
+    if rank:
+        failing.reward = raising
+    try:
+        failing.train()
+    except RewardError as error:
+        (folder / f"failing-{rank}.txt").write_text(str(error), encoding="utf-8")
 
 
 if __name__ == "__main__":

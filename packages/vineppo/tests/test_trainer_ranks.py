@@ -122,3 +122,10 @@ def test_a_checkpoint_of_two_ranks_is_one_of_one(
     expected = torch.load(ranks / f"{method}-0.pt")["parameters"]
     for name, value in run.module.named_parameters():
         torch.testing.assert_close(value.detach(), expected[name], atol=1e-6, rtol=0, msg=name)
+
+
+def test_what_fails_on_one_rank_is_said_by_all(ranks: Path) -> None:
+    said = [(ranks / f"failing-{rank}.txt").read_text(encoding="utf-8") for rank in range(RANKS)]
+    own = said[-1]
+    assert own.startswith("reward_funcs: no scores for")
+    assert said == [f"rank {RANKS - 1}: {own}", own]

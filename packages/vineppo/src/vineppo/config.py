@@ -245,7 +245,7 @@ class VinePPOConfig(PolicyGradientConfig):
         gamma: discount per step.
         lam: of generalised advantages over steps; 0 is Eq. 6.
         adaptive_pilot: None gives every state K rollouts; a number gives each state that many at
-            first and spends the rest where the outcome is uncertain.
+            first and spends the rest where the outcome is uncertain, in each process by itself.
     """
 
     num_rollouts: int = 9

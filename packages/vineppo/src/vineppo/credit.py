@@ -126,8 +126,13 @@ class _OverRanks:
         first: dict[State, int] = {}
         for state in states:
             first.setdefault(state, len(first))
-        mine = self._values(self._ranks.share(list(first)), seed)
-        every = self._ranks.gather(list(zip(mine.values, mine.variances, mine.counts, strict=True)))
+        share = self._ranks.share(list(first))
+
+        def mine() -> list[tuple[float, float, int]]:
+            found = self._values(share, seed)
+            return list(zip(found.values, found.variances, found.counts, strict=True))
+
+        every = self._ranks.gathered(mine)
         columns = np.array([every[first[state]] for state in states]).reshape(-1, 3)
         return ValueEstimates(columns[:, 0], columns[:, 1], columns[:, 2].astype(np.int64))
 

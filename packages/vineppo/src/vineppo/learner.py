@@ -70,14 +70,21 @@ class Learner:
         Raises:
             NotFiniteError: a log-probability or value is not finite; the model is damaged.
         """
-        mine = self._ranks.share(responses)
+        return self._ranks.gathered(lambda: self._read(self._ranks.share(responses), module))
+
+    def _read(
+        self, responses: Sequence[Response], module: PolicyWithCritic
+    ) -> list[tuple[Floats, Floats | None]]:
         # Alike in length, so that little is padded.
         order = sorted(
-            range(len(mine)), key=lambda i: len(mine[i].prompt_ids) + len(mine[i].response_ids)
+            range(len(responses)),
+            key=lambda i: len(responses[i].prompt_ids) + len(responses[i].response_ids),
         )
         found: dict[int, tuple[Floats, Floats | None]] = {}
         for indices in _cut(order, 4 * self._config.micro_batch_size):
-            rows = collate([mine[i] for i in indices], self._pad_id).to(self._accelerator.device)
+            rows = collate([responses[i] for i in indices], self._pad_id).to(
+                self._accelerator.device
+            )
             with torch.no_grad(), self._accelerator.autocast():
                 logprobs, values = module(
                     rows.input_ids, rows.attention_mask, self._config.temperature
@@ -89,7 +96,7 @@ class Learner:
                 if other is not None:
                     _check("values of the critic", other)
                 found[index] = (one, other)
-        return self._ranks.gather([found[i] for i in range(len(mine))])
+        return [found[i] for i in range(len(responses))]
 
     def loss_of(self, units: Sequence[Unit], objective: Objective) -> float:
         """The loss on units as one mini-batch, without a step."""

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from vineppo.errors import InvalidInputError, NotFiniteError, RewardError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 T = TypeVar("T")
+
+_KINDS: Final[dict[str, type[Exception]]] = {
+    kind.__name__: kind for kind in (InvalidInputError, NotFiniteError, RewardError)
+}
 
 
 class Ranks:
@@ -41,6 +47,31 @@ class Ranks:
 
         parts: list[Any] = gather_object([list(items)])
         return [item for part in parts for item in part]
+
+    def gathered(self, work: Callable[[], Sequence[T]]) -> list[T]:
+        """What ``work`` gives on each rank, one after the other; all of them must call this.
+
+        Raises:
+            Exception: what it raised on one rank, on every rank: otherwise the others would wait
+                for one that has left.
+        """
+        if self.count == 1:
+            return list(work())
+        raised: Exception | None = None
+        part: list[T] = []
+        try:
+            part = list(work())
+        except Exception as error:  # noqa: BLE001 - raised again below, when the others know
+            raised = error
+        told = None if raised is None else (type(raised).__name__, str(raised))
+        every = self.gather([(part, told)])
+        if raised is not None:
+            raise raised
+        for rank, (_, problem) in enumerate(every):
+            if problem is not None:
+                kind, text = problem
+                raise _KINDS.get(kind, RuntimeError)(f"rank {rank}: {text}")
+        return [item for part, _ in every for item in part]
 
     def wait(self) -> None:
         """Until all ranks are here."""

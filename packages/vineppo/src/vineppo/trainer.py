@@ -407,25 +407,30 @@ class EpisodeTrainer:
         self, prompts: Prompts, rows: Sequence[int], samples: int, params: Any, seeds: Seeds
     ) -> list[Episode]:
         """Episodes of all processes, in the order of the rows, each of which has ``samples``."""
-        places = self._ranks.share(list(range(len(rows))))
         # A place may repeat a row, as where a pass over few prompts ends and the next begins.
         words = seeds.sequence().generate_state(len(rows), np.uint64)
-        with self.accelerator.autocast():
-            found = self.backend.generate(
-                [prompts.ids[rows[place]] for place in places],
-                samples,
-                params,
-                [int(words[place] >> np.uint64(1)) for place in places],
-            ) if places else []  # fmt: skip
-        episodes = [
-            Episode(rows[place], prompts.ids[rows[place]], rollout.token_ids, rollout.finished)
-            for place, rollouts in zip(places, found, strict=True)
-            for rollout in rollouts
-        ]
-        return self._ranks.gather(episodes)
+
+        def mine() -> list[Episode]:
+            places = self._ranks.share(list(range(len(rows))))
+            if not places:
+                return []
+            with self.accelerator.autocast():
+                found = self.backend.generate(
+                    [prompts.ids[rows[place]] for place in places],
+                    samples,
+                    params,
+                    [int(words[place] >> np.uint64(1)) for place in places],
+                )
+            return [
+                Episode(rows[place], prompts.ids[rows[place]], rollout.token_ids, rollout.finished)
+                for place, rollouts in zip(places, found, strict=True)
+                for rollout in rollouts
+            ]
+
+        return self._ranks.gathered(mine)
 
     def _scores(self, reward: RewardSuite, episodes: Sequence[Episode]) -> Any:
-        return np.array(self._ranks.gather(list(reward(self._ranks.share(episodes)))))
+        return np.array(self._ranks.gathered(lambda: list(reward(self._ranks.share(episodes)))))
 
     def _check_first(self, episodes: Sequence[Episode]) -> None:
         """Refuse what no method can learn from, before the first step."""

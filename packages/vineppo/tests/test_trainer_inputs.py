@@ -192,7 +192,7 @@ AT_ONCE: list[tuple[str, Callable[[Any], dict[str, Any]], str]] = [
     ("VinePPO", no_eos, "processing_class: expected a tokenizer with an EOS token, got none"),
     ("VinePPO", wrong_config, "args: expected a VinePPOConfig, got PPOConfig"),
     ("VinePPO", lambda _: {"args": {"seed": 1}}, "args: expected a VinePPOConfig, got dict"),
-    ("VinePPO", lambda _: {"num_rollouts": 0}, "num_rollouts: expected a whole number of at leas"),
+    ("VinePPO", lambda _: {"num_rollouts": 0}, "num_rollouts: expected a whole number of at least"),
     ("VinePPO", lambda _: {"segmenter": "lines"}, "segmenter: expected one of newline"),
     ("VinePPO", lambda _: {"extra": {"segmenter": Segments}}, "segmenter: expected a name or an o"),
     ("RLOO", lambda _: {"mini_batch_size": 0}, "mini_batch_size: expected a whole number"),

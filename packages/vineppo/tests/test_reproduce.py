@@ -95,6 +95,7 @@ def test_every_method_has_the_same_episodes_and_one_of_the_same_rates() -> None:
 def test_every_claim_has_its_evidence(found: Any) -> None:
     assert found.keys() == {claim.id for claim in CLAIMS}
     assert all(math.isfinite(e.effect) for e in found.values())
+    assert all(set(found[claim.id].arms) <= set(claim.arms) for claim in CLAIMS)
 
 
 def test_differences_are_those_of_the_means_along_the_run(found: Any) -> None:

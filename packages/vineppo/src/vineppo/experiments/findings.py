@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from vineppo.experiments.exact import NAMES, ratios
+from vineppo.experiments.exact import ratios
 
 if TYPE_CHECKING:
     from decapod.claims import Evidence
@@ -36,7 +36,10 @@ def exact(cells: Sequence[Run]) -> dict[str, Evidence]:
 
     trees = len(cells)
     largest = float(bias(*UNBIASED).max())
-    least = {"critic-biased": "ppo_0", "newline-starts-biased": "vine_before_9"}
+    least = {
+        "critic-biased": ("ppo_0", "PPO, λ = 0"),
+        "newline-starts-biased": ("vine_before_9", "VinePPO, K = 9, mark starts a step"),
+    }
     found = {
         "vine-unbiased": Evidence(
             largest, largest, largest, trees, "trees",
@@ -44,10 +47,10 @@ def exact(cells: Sequence[Run]) -> dict[str, Evidence]:
             "Largest over trees, segmentations and K; sums over all outcomes, no sampling.",
         )
     }  # fmt: skip
-    for claim, arm in least.items():
+    for claim, (arm, name) in least.items():
         value = float(bias(arm).min())
         found[claim] = Evidence(
-            value, value, value, trees, "trees", {NAMES[arm]: value},
+            value, value, value, trees, "trees", {name: value},
             "Smallest over trees; sums over all outcomes, no sampling.",
         )  # fmt: skip
     for claim, budget in (("vine-variance", "responses"), ("vine-variance-tokens", "tokens")):

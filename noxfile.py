@@ -50,6 +50,8 @@ QUIET = {
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "offline",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Many tests start processes: what one of them compiles, the next need not compile again.
+    "PYTHONDONTWRITEBYTECODE": "",
 }
 
 every_package = nox.parametrize("package", list(PROJECTS), ids=list(PROJECTS))
@@ -129,16 +131,12 @@ def checkout(session: nox.Session, package: str, *flags: str) -> None:
     arguments = editable(package, extras(package))
     for sibling in siblings(package):
         arguments += editable(sibling, extras(sibling))
-    # Many tests start processes, and where Python may not write bytecode each would compile anew.
-    arguments += ["--compile-bytecode", *METADATA[package]["dependency-groups"]["test"]]
+    arguments += METADATA[package]["dependency-groups"]["test"]
     install(session, *flags, *arguments)
 
 
 def side_by_side(package: str) -> list[str]:
-    """Options that spread test files over the cores, where the package's test tools can do that.
-
-    Tests that start processes of their own and watch their time go one after the other instead.
-    """
+    """Options that spread test files over the cores, where the package's test tools can do that."""
     tools = METADATA[package]["dependency-groups"]["test"]
     if not any(Requirement(tool).name == "pytest-xdist" for tool in tools):
         return []

@@ -67,7 +67,9 @@ def plain_loop(replay: Any, delay: int, minibatches: int = 1, epochs: int = 1) -
                     mask=batch.completion_mask,
                 )
                 output.loss.backward()
-                torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+                # In the optimizer's order: how a norm is rounded depends on what is added first.
+                taken = [p for group in optimizer.param_groups for p in group["params"]]
+                torch.nn.utils.clip_grad_norm_(taken, 1.0)
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()

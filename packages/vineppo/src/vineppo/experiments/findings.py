@@ -135,7 +135,7 @@ def _at_equal(runs: Sequence[Run], axis: str, one: str, other: str) -> Evidence:
 
 def values(runs: Sequence[Run]) -> dict[str, Evidence]:
     """Evidence of the claims on values of PPO's last policy, judged on the same states."""
-    reports = [run["values"] for run in of_method(runs, "PPO")]
+    reports = [run["values"] for run in of_method(runs, "PPO") if "values" in run]
     found = {}
     for claim, measure, detail in (
         ("values-error", "mae", "Mean absolute error."),

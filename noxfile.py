@@ -26,6 +26,7 @@ nox.options.sessions = ["lint", "typing", "tests"]
 
 ROOT = Path(__file__).parent
 DIST = ROOT / "dist"
+COMPOSITIONS = ROOT / "integration"  # the libraries used together, and their tests; not published
 # By import name, which is the one folder under `src/`.
 PROJECTS = {
     typed.parent.name: typed.parents[2]
@@ -160,16 +161,17 @@ def only_if_chosen(session: nox.Session, package: str) -> list[str]:
 
 
 def wheels(session: nox.Session) -> dict[str, Path]:
-    """Build every package and return its wheel by import name."""
+    """Build every package and the compositions, and return each wheel by import name."""
     if DIST.exists():
         shutil.rmtree(DIST)
     install(session, "build[uv]>=1.3")
-    for folder in PROJECTS.values():
+    for folder in (*PROJECTS.values(), COMPOSITIONS):
         session.run(
             "python", "-m", "build", "--installer", "uv", "--outdir", str(DIST), str(folder),
             silent=True, env=indexes(),
         )  # fmt: skip
     distributions = {name: METADATA[name]["project"]["name"] for name in PROJECTS}
+    distributions["compositions"] = "decapod-compositions"
     return {
         name: next(DIST.glob(f"{distribution.replace('-', '_')}-*.whl"))
         for name, distribution in distributions.items()
@@ -263,11 +265,11 @@ def integration(session: nox.Session) -> None:
     """All wheels together in a clean environment, outside the source tree."""
     built = wheels(session)
     with_extras = [f"{built[name]}[{','.join(extras(name))}]" for name in PROJECTS]
-    install(session, "--reinstall", *with_extras, "pytest>=8")
+    install(session, "--reinstall", *with_extras, str(built["compositions"]), "pytest>=8")
     # Not the session's own temporary folder: that is inside the environment, which Ray refuses.
     with tempfile.TemporaryDirectory() as folder:
         outside = Path(folder) / "integration"
-        shutil.copytree(ROOT / "integration", outside)
+        shutil.copytree(COMPOSITIONS, outside, ignore=shutil.ignore_patterns("src"))
         shutil.copy(ROOT / "pyproject.toml", outside)
         with session.chdir(outside):
             session.run("pytest", ".", *session.posargs, env=QUIET)
@@ -294,6 +296,8 @@ def typing(session: nox.Session) -> None:
     install(session, "mypy>=2.4", *stubs, *arguments, *editable("decapod", []))
     for name in names:
         session.run("mypy", str(PROJECTS[name] / "src"), *words)
+    if len(names) == len(PROJECTS):
+        session.run("mypy", str(COMPOSITIONS / "src"), *words)
 
 
 @nox.session(python=PYTHONS[0])
@@ -347,7 +351,7 @@ def bench(session: nox.Session) -> None:
 def reproduce(session: nox.Session) -> None:
     """Every package's claims at the quick profile, and the report."""
     arguments = [part for name in PROJECTS for part in editable(name, extras(name))]
-    install(session, *arguments)
+    install(session, *arguments, "--editable", str(COMPOSITIONS))
     out = ROOT / "decapod-report"
     words = session.posargs or ["--profile", "quick", "--jobs", str(os.cpu_count() or 1)]
     session.run("decapod", "reproduce", *words, "--out", str(out), env=QUIET)

@@ -59,7 +59,7 @@ TUNED: Final = {
     "PPO": 1e-4,
     "RLOO": 2e-4,
     "GRPO": 2e-4,
-    "RestEM": 3e-4,
+    "RestEM": 1e-4,
     "DPO+": 1e-3,
     "VinePPO K=1": 3e-4,
     "VinePPO K=3": 1e-4,

@@ -89,4 +89,4 @@ def test_committed_evidence_follows_from_the_committed_jobs_with_todays_code(out
 def test_the_price_of_rollouts_is_beside_what_they_buy(outcome: Any) -> None:
     """A report at equal gradient steps alone would be misleading."""
     verdicts = {claim["id"] for claim in outcome["claims"]}
-    assert {"greedy-rloo", "vine-tokens", "vine-variance", "vine-variance-tokens"} <= verdicts
+    assert {"vine-rloo", "vine-tokens", "vine-variance", "vine-variance-tokens"} <= verdicts

@@ -85,32 +85,18 @@ def accuracy_at(run: Run, axis: str, limit: float) -> float:
     return float(np.interp(limit, [row[axis] for row in curve], [row["accuracy"] for row in curve]))
 
 
-def sampled(run: Run) -> float:
-    """Share of right answers after training, as they are sampled in training."""
-    return float(run["end"]["sampled"])
-
-
-PAIRS: Final = {
-    "ppo": (TOP, "PPO"),
-    "rloo": (TOP, "RLOO"),
-    "grpo": (TOP, "GRPO"),
-    "k3-k1": ("VinePPO K=3", "VinePPO K=1"),
-    "k9-k3": (TOP, "VinePPO K=3"),
-    "k9-k1": (TOP, "VinePPO K=1"),
-}
-"""Arms that are compared, in greedy and in sampled accuracy."""
-
-
 def learning(runs: Sequence[Run]) -> dict[str, Evidence]:
     """Evidence of the claims on the learning bench."""
-    found = {}
-    for name, (one, other) in PAIRS.items():
-        found[f"greedy-{name}"] = _between(
-            runs, one, other, along, "Mean greedy test accuracy along the run."
-        )
-        found[f"sampled-{name}"] = _between(
-            runs, one, other, sampled, "Sampled test accuracy at the end."
-        )
+    found = {
+        f"vine-{name}": _between(runs, TOP, other, along, "Mean test accuracy along the run.")
+        for name, other in (("ppo", "PPO"), ("rloo", "RLOO"), ("grpo", "GRPO"))
+    }
+    for claim, more, fewer in (
+        ("k3-k1", "VinePPO K=3", "VinePPO K=1"),
+        ("k9-k3", TOP, "VinePPO K=3"),
+        ("k9-k1", TOP, "VinePPO K=1"),
+    ):
+        found[claim] = _between(runs, more, fewer, along, "Mean test accuracy along the run.")
     for claim, axis, other in (
         ("vine-tokens", "tokens", "RLOO"),
         ("vine-seconds", "seconds", "PPO"),

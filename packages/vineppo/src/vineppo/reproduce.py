@@ -211,7 +211,7 @@ class _Scale:
     evaluation: dict[str, Any]
 
 
-# On two quiet cores: about 3 minutes, 35 minutes and 4 hours.
+# On two quiet cores: about 3 minutes, 65 minutes and 4 hours.
 _SCALES: Final[dict[Profile, _Scale]] = {
     "quick": _Scale(
         trees=1,

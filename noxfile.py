@@ -275,6 +275,19 @@ def integration(session: nox.Session) -> None:
             session.run("pytest", ".", *session.posargs, env=QUIET)
 
 
+@nox.session(python=PYTHONS[0], reuse_venv=False)
+def downstream(session: nox.Session) -> None:
+    """The project under `examples/`, from wheels alone, away from the checkout."""
+    wheels(session)
+    with tempfile.TemporaryDirectory() as folder:
+        project = Path(folder) / "hop-ranking"
+        shutil.copytree(ROOT / "examples" / "downstream", project)
+        install(session, "--find-links", str(DIST), f"{project}[test]")
+        with session.chdir(project):
+            session.run("hop-ranking", env=QUIET)
+            session.run("pytest", *session.posargs, env=QUIET)
+
+
 # --- source ---------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,1 @@
+"""Claims of the compositions, each beside the composition of its name."""

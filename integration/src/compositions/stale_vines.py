@@ -9,6 +9,7 @@ values are numbers at every update, and neither is estimated by more rollouts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ import torch
 from asyncrlhf.engines import HFEngine
 from decapod.lm import Request, SamplingParams, build_model
 from vineppo import Episode, Rollout
-from vineppo.backend import sample_seeds
+from vineppo.backend import Usage, sample_seeds
+from vineppo.rollout import Call
 from vineppo.tasks import TokenTree
 from vineppo.values import MonteCarloValueEstimator
 from vineppo.vines import VineValues
@@ -32,26 +34,21 @@ class Served:
 
     def __init__(self, engine: HFEngine) -> None:
         self.engine = engine
+        self.usage = Usage()
 
     def generate(
         self, prompts: Sequence[Sequence[int]], n: Any, params: Any, seeds: Sequence[int]
     ) -> list[list[Rollout]]:
         """Rollouts by whichever weights the engine has."""
-        counts = [n] * len(prompts) if isinstance(n, int) else list(n)
-        each = params if isinstance(params, list) else [params] * len(prompts)
-        requests = [
-            Request(tuple(prompt), how, seed)
-            for prompt, how, some in zip(prompts, each, sample_seeds(seeds, counts), strict=True)
-            for seed in some
-        ]
-        done = self.engine.generate(requests)
-        return [
-            [
-                Rollout(a.ids, a.logprobs, finished=False)
-                for _, a in zip(range(c), done, strict=False)
-            ]
-            for c in counts
-        ]
+        call = Call.of(prompts, n, params, seeds)
+        answers = self.engine.generate(call.requests)
+        done = [Rollout(a.ids, a.logprobs, finished=False) for a in answers]
+        ends = np.cumsum([0, *call.counts])
+        return [done[low:high] for low, high in pairwise(ends.tolist())]
+
+    def load_weights(self, model: Any) -> None:
+        """Weights come to the engine by version, not through here."""
+        raise NotImplementedError("give new weights to the engine, with their version")
 
 
 def exact(model: Any, tree: TokenTree) -> TokenTree:
@@ -75,7 +72,8 @@ def train(
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
     engine = HFEngine(placement=placement, threads=1)  # type: ignore[arg-type]
     engine.attach(model, [])
-    place, leaf = {}, {}  # of each state its node, of each answer its reward
+    place: dict[tuple[int, ...], int] = {}  # of each state its node
+    leaf: dict[tuple[int, ...], float] = {}  # of each answer its reward
     for tokens, path, r in zip(
         tree.shape.tokens.tolist(), tree.shape.paths.tolist(), tree.rewards, strict=True
     ):

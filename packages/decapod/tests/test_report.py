@@ -259,6 +259,12 @@ def test_text_from_a_library_cannot_become_markup(tmp_path):
     assert Tree(html).text.count(evil) >= 8
 
 
+def test_a_paper_that_is_nowhere_has_no_link(tmp_path):
+    html = built(tmp_path, [outcome(paper=Paper("Own", "A. Author", "Composition", 2026, ""))])
+    assert "read the paper" not in html
+    assert "<>" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
 def test_a_figure_that_is_not_safe_is_named_and_the_rest_is_shown(tmp_path):
     bad = Figure("Bad one", "<svg><script>1</script></svg>", "c", "a")
     text = Tree(built(tmp_path, [outcome(figures=(bad, *ALL[0].figures))])).text

@@ -29,7 +29,7 @@ _NAME = re.compile(r"[A-Za-z0-9]+(?:[-_][A-Za-z0-9]+)*")
 
 @dataclass(frozen=True)
 class Paper:
-    """The paper whose claims are tested; ``url`` is where a reader finds it."""
+    """The paper whose claims are tested; ``url`` is where a reader finds it, "" if nowhere."""
 
     title: str
     authors: str

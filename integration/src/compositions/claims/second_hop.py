@@ -1,8 +1,10 @@
 """What is claimed of the second hop after reinforcement, and how it is shown.
 
 Margins: on 300 pairs the standard error of a rate is 0.03 at most, and that of a mean over eight
-seeds 0.01. So 0.05 is five of the latter; a gap of some 0.6 that closes by less has not closed. ``SHARE``
-and ``RATES`` come from pilots; both rates are to be tuned alike before a standard run is reported.
+seeds 0.01. So 0.05 is five of the latter; a gap of some 0.6 that closes by less has not closed.
+
+``SHARE`` and ``RATES`` come from pilots; both rates are to be tuned alike before a standard run is
+reported.
 """
 
 from __future__ import annotations

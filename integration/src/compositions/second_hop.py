@@ -3,9 +3,9 @@
 A tiny Llama that has learnt one-hop problems from scratch fails where the answer to one is a number
 of the next. Reinforcement sees only whether the final answer is right: RLOO credits all tokens of
 an answer alike, VinePPO asks of every sentence whether it made that likelier. By vineppo alone one
-sees the reward rise. By gsm-compose one sees whether composing was learnt: on pairs of which no
-template and no numbers were ever trained on, each question is also asked alone, and what is missing
-is split into distraction, the second hop itself, and luck.
+sees the reward rise. By gsm-compose one sees whether composing was learnt: on pairs of templates
+that were never composed, with numbers that they were never trained on. Each question is also asked
+alone, and what is missing is split into distraction, the second hop itself, and luck.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ def start(seed: int, steps: int, share: float) -> Any:
 
 
 def apart(learnt: Sequence[Pair], tested: Sequence[Pair]) -> bool:
-    """Whether the tested pairs are new: other templates, and numbers that no training draws.
+    """Whether tested pairs are of other templates, with numbers that no training draws for them.
 
-    A hash keeps an eighth of all templates with numbers for tests. Fine-tuning draws from the rest
-    too, and takes its compositions from templates of group A, as reinforcement does.
+    A hash keeps an eighth of all templates with numbers for tests. Fine-tuning, too, draws from the
+    rest, and composes templates of group A alone, as reinforcement does.
     """
     of = [{q for pair in pairs for q in (pair.q1, pair.q2)} for pairs in (learnt, tested)]
     kept = [{is_held_out(q.template, q.a, q.b) for q in some} for some in of]
@@ -104,8 +104,8 @@ def learn(
             "output_dir": folder, "iterations": iterations, "episodes_per_iteration": episodes,
             "num_generations": GROUP, "temperature": 1.0, "top_p": 1.0, "learning_rate": rate,
             "mini_batch_size": episodes // 2, "micro_batch_size": episodes // 2, "seed": seed,
-            "max_response_tokens": LONGEST, "whiten": "std", "beta": 0.01, "progress": False,
-            "use_cpu": True,
+            "max_response_tokens": LONGEST, "beta": 0.01, "progress": False, "use_cpu": True,
+            "whiten": "std",  # about the mean, tokens without credit would get some
         }  # fmt: skip
         given = (model, None, composition_reward, rows, tokenizer())
         trainer: Any

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,13 +42,18 @@ class Served:
         """Rollouts by whichever weights the engine has."""
         call = Call.of(prompts, n, params, seeds)
         answers = self.engine.generate(call.requests)
-        done = [Rollout(a.ids, a.logprobs, finished=False) for a in answers]
+        done = [Rollout(a.ids, a.logprobs, finished=a.finish_reason == "stop") for a in answers]
+        self.usage += Usage(
+            generated_tokens=sum(len(rollout.token_ids) for rollout in done),
+            prompt_tokens=sum(len(request.prompt) for request in call.requests),
+            requests=len(done),
+        )
         ends = np.cumsum([0, *call.counts])
         return [done[low:high] for low, high in pairwise(ends.tolist())]
 
     def load_weights(self, model: Any) -> None:
-        """Weights come to the engine by version, not through here."""
-        raise NotImplementedError("give new weights to the engine, with their version")
+        """Use them as the next version."""
+        self.engine.load_weights(model.named_parameters(), self.engine.version + 1)
 
 
 def exact(model: Any, tree: TokenTree) -> TokenTree:
@@ -63,14 +68,14 @@ def exact(model: Any, tree: TokenTree) -> TokenTree:
 
 
 def train(
-    *, staleness: int, updates: int, rate: float, seed: int, placement: str
+    *, staleness: int, updates: int, rate: float, seed: int, placement: Literal["inline", "process"]
 ) -> dict[str, Any]:
     """Policy gradient by vines; answers and rollouts come from weights so many updates old."""
     torch.set_num_threads(1)
     tree = TokenTree.random(VOCABULARY, HORIZON, seed, success=0.25)
     model = build_model(VOCABULARY, 16, 1, 2, init_std=0.3, seed=seed).eval()
     optimizer = torch.optim.Adam(model.parameters(), lr=rate)
-    engine = HFEngine(placement=placement, threads=1)  # type: ignore[arg-type]
+    engine = HFEngine(placement=placement, threads=1)
     engine.attach(model, [])
     place: dict[tuple[int, ...], int] = {}  # of each state its node
     leaf: dict[tuple[int, ...], float] = {}  # of each answer its reward
